@@ -1,0 +1,763 @@
+"""A decoder-only GPT on WikiText-2 in plain PyTorch: the script that all the others are compared with.
+
+Here stand the model, the data and the training loop that all six scripts share, and what one process holds
+without ZeRO: 16 bytes per parameter (2 parameter + 2 gradient + 12 optimizer states).
+Partitioned across ranks: nothing; there is one process.
+
+Run:
+    python GPTLike-Base.py
+    python GPTLike-Base.py --dataset sample --n_layer 2 --n_head 4 --d_model 128 --block_size 64 --max_steps 50
+
+Source: GPT-2 (Radford et al., 2019); fp32 master weights, arXiv:1710.03740; model states, arXiv:1910.02054.
+"""
+
+import argparse
+import gc
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+ZERO_STAGE = 0
+# The numbers of configs/zero1.json, so that all scripts start from one recipe (a test compares them).
+DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 3e-4, "weight_decay": 0.1, "precision": "bf16"}
+BETAS, EPS, GRADIENT_CLIPPING = (0.9, 0.95), 1e-8, 1.0
+
+
+# region arguments (owner: GPTLike-Base.py)
+class UserError(Exception):
+    """Something that the user can mend: raised on every rank, printed once, exit code 1, no traceback."""
+
+
+def stop_on_user_error(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}" if rank() == 0 else 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of all six scripts. Those that the JSON knows too have no default here: left out, the JSON's holds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    unset, add = argparse.SUPPRESS, parser.add_argument_group("model").add_argument
+    add("--n_layer", type=int, default=6, help="transformer blocks")
+    add("--n_head", type=int, default=12, help="attention heads per block")
+    add("--d_model", type=int, default=768, help="width of the residual stream")
+    add("--block_size", type=int, default=256, help="tokens per sequence")
+    add("--dropout", type=float, default=0.1, help="on embeddings and residual branches")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=3, help="passes over the train split")
+    add("--max_steps", type=int, help="optimizer steps; wins over --epochs")
+    add("--batch_size", type=int, default=unset, help="micro batch: sequences per rank per forward")
+    add("--gradient_accumulation_steps", type=int, default=unset, help="micro batches per optimizer step")
+    add("--lr", type=float, default=unset, help="peak learning rate")
+    add("--weight_decay", type=float, default=unset, help="on matrices, not on biases and norms")
+    add("--warmup_steps", type=int, default=20, help="optimizer steps of linear warm-up; then cosine decay to lr/10")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default=unset, help="of weights and activations")
+    add("--seed", type=int, default=42, help="of initialization, data order and dropout")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataset", default="wikitext2", help="wikitext2 (Hub), sample (offline), or a folder with train*, valid*")
+    add("--tokenizer", default="auto", help="auto, gpt2 (Hub), bpe:SIZE (trained here), or a tokenizer.json's path")
+    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="metrics, checkpoints, final model")
+    add("--resume", default="auto", help="auto (newest checkpoint in --output_dir), never, or a checkpoint's path")
+    add("--overwrite", action="store_true", help="start afresh: delete the run that --output_dir holds")
+    add("--log_interval", type=int, default=10, help="optimizer steps between lines")
+    add("--eval_interval", type=int, default=200, help="optimizer steps between validations; 0: at the end only")
+    add("--save_interval", type=int, default=500, help="optimizer steps between checkpoints; 0: at the end only")
+    add("--peak_tflops", type=float, help="of one device, for MFU where it is not known")
+    add("--local_rank", "--local-rank", type=int, default=0, help="set by launchers; LOCAL_RANK wins")
+    return parser
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends in usage, one message and exit code 2 where a number makes no sense."""
+    if rank() > 0:
+        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
+    may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
+            if not isinstance(value, bool):
+                parser.error(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0")
+    if args.dropout >= 1:
+        parser.error(f"--dropout {args.dropout} must be below 1")
+    if args.d_model % args.n_head:
+        parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
+    size = args.tokenizer.removeprefix("bpe:")
+    if size != args.tokenizer and not (size.isdecimal() and 256 <= int(size) < 10**6):
+        parser.error(f"--tokenizer {args.tokenizer}: write bpe:SIZE with a SIZE from 256 to 999999")
+# endregion arguments
+
+
+# region data (owner: GPTLike-Base.py)
+HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
+WAYS_OUT = """Ways out:
+  mirror   export HF_ENDPOINT=https://YOUR-MIRROR
+  cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
+  folder   --dataset DIR with train.txt and valid.txt, or the official wiki.train.raw and wiki.valid.raw
+  sample   --dataset sample: English prose that comes with Python and needs no network"""
+
+
+class Corpus(NamedTuple):
+    streams: dict[str, torch.Tensor]  # int32 token ids of "train", "validation" and, if there is one, "test"
+    sizes: dict[str, dict[str, int]]  # "bytes" and "words" (between white space) of each split
+    tokenizer: str  # JSON
+    vocab_size: int
+    digest: str  # of texts and tokenizer
+
+
+class TokenizedDataset(torch.utils.data.Dataset):
+    """Inputs stream[i*T : i*T+T] and, shifted by one, their targets. A last block shorter than T is left out, or with
+    pad filled up with targets of -100, which no loss counts."""
+
+    def __init__(self, stream: torch.Tensor, block_size: int, *, pad: bool = False):
+        missing = -(len(stream) - 1) % block_size if pad else 0
+        self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = self.blocks[index].long()
+        return blocks[..., :-1].clamp_min(0), blocks[..., 1:]  # each (batch, block_size)
+
+
+def step_indices(step: int, num_blocks: int, *, global_batch: int, seed: int) -> torch.Tensor:
+    """The blocks of one optimizer step, all ranks together. They depend on seed and step alone, so that any number of
+    ranks and micro batches sees the same data and a resumed run goes on in the middle of an epoch."""
+    place = torch.arange(step * global_batch, (step + 1) * global_batch)
+    epochs = range(int(place[0]) // num_blocks, int(place[-1]) // num_blocks + 1)
+    shuffle = [torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
+    return torch.cat(shuffle)[place - epochs[0] * num_blocks]
+
+
+def from_hub(what: str, load: Callable[[], object]) -> object:
+    """`load()` from the Hub, or from its local cache where the Hub does not answer. UserError within 15 seconds."""
+    endpoint, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), ["no answer in 8 s"]
+
+    def probe() -> None:  # for one byte of a real file: left to itself, an unreachable Hub is retried for minutes
+        url = f"{endpoint}/datasets/{HUB_DATASET}/resolve/main/wikitext-2-raw-v1/test-00000-of-00001.parquet"
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Range": "bytes=0-0"}), timeout=8).close()
+            answers.append("")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers.append(str(error))
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        (thread := threading.Thread(target=probe, daemon=True)).start()  # name resolution knows no timeout
+        thread.join(8)
+        if answers[-1]:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first used: a cached copy still loads
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return load()
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(f"cannot get {what} from {endpoint}: {answers[-1] or error}. {WAYS_OUT}") from error
+
+
+def join_rows(rows: list[str]) -> str:
+    """The Hub's rows lack the " \n" of blank lines; with it the text is the official wiki.*.raw, byte for byte."""
+    return "".join(row if row.endswith("\n") else row + " \n" for row in rows)
+
+
+def read_wikitext2() -> dict[str, str]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
+    return {split: join_rows(rows[split]["text"]) for split in ("train", "validation", "test")}
+
+
+def read_sample() -> dict[str, str]:
+    from pydoc_data.topics import topics  # the language reference behind Python's help()
+
+    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    return {"train": "\n\n".join(t for i, t in enumerate(texts) if i % 10), "validation": "\n\n".join(texts[::10])}
+
+
+def read_folder(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        raise UserError(f"--dataset {folder}: no such folder; else write wikitext2 or sample")
+    texts, names = {}, sorted(path.name for path in folder.iterdir())
+    for split, stem in {"train": "train", "validation": "val", "test": "test"}.items():
+        files = [n for n in names if re.fullmatch(rf"(wiki\.)?{stem}.*\.(txt|raw|tokens|parquet)", n)]
+        if len({Path(file).suffix for file in files}) > 1:
+            raise UserError(f"{folder} has {split} in several formats, keep one: {', '.join(files)}")
+        if not files and split != "test":
+            raise UserError(f"{folder} has no {stem}* that ends in .txt, .raw, .tokens or .parquet, but {names[:8]}")
+        if files:
+            texts[split] = "".join(read_file(folder / file) for file in files)
+    return texts
+
+
+def read_file(path: Path) -> str:
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return join_rows(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        if not (text := path.read_bytes().decode("utf-8")).strip():
+            raise UserError(f"{path} is empty")
+        return text
+    except (OSError, ValueError) as error:  # not UTF-8, not parquet, not readable
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def read_tokenizer(name: str) -> str:
+    """A tokenizer's JSON; for bpe:SIZE the name itself, since it is trained only where its tokens are not cached."""
+    if name.startswith("bpe:"):
+        return name
+    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    if name == "gpt2":
+        from huggingface_hub import hf_hub_download
+
+        path = Path(from_hub(f"tokenizer {HUB_TOKENIZER}", lambda: hf_hub_download(HUB_TOKENIZER, "tokenizer.json")))
+    try:
+        json.loads(text := path.read_text(encoding="utf-8"))["model"]["vocab"]
+        return text
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--tokenizer {name}: {path} is not a tokenizer.json ({error!r})") from error
+
+
+def build_tokenizer(source: str, text: str) -> tokenizers.Tokenizer:
+    """From JSON, or for bpe:SIZE a byte-level BPE like GPT-2's trained on text: it gives any text back unchanged."""
+    if not source.startswith("bpe:"):
+        return tokenizers.Tokenizer.from_str(source)
+    tokenizer, bytewise = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytewise(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    size, alphabet = int(source.removeprefix("bpe:")), bytewise.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def checksum(streams: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(streams[split].numpy().tobytes() for split in sorted(streams))).hexdigest()
+
+
+def read_tokens(path: Path) -> Corpus | None:
+    """What the cache holds, or None where it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts, streams = file.metadata(), {split: file.get_tensor(split) for split in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return Corpus(streams, **json.loads(facts["corpus"])) if facts["checksum"] == checksum(streams) else None
+
+
+def prepare_tokens(args: argparse.Namespace) -> Path:
+    """The cache file with the tokens of --dataset, named by content; written by rename, so nobody reads half a file."""
+    if args.dataset == "wikitext2":
+        texts = from_hub(f"data set {HUB_DATASET}", read_wikitext2)
+    else:
+        texts = read_sample() if args.dataset == "sample" else read_folder(Path(args.dataset))
+    auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
+    source = read_tokenizer(auto if args.tokenizer == "auto" else args.tokenizer)
+    digest = hashlib.sha256(json.dumps([source, texts]).encode()).hexdigest()
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "deepspeed-gptlike", f"{digest}.safetensors")
+    if read_tokens(path):
+        return path
+    log(f"tokenizing {args.dataset} into {path}")
+    tokenizer, streams, sizes = build_tokenizer(source, texts["train"]), {}, {}
+    for split, text in texts.items():
+        lines = tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
+        streams[split] = torch.tensor([token for line in lines for token in line.ids], dtype=torch.int32)
+        sizes[split] = {"bytes": len(text.encode()), "words": len(text.split())}
+    corpus = {"sizes": sizes, "tokenizer": tokenizer.to_str(), "vocab_size": tokenizer.get_vocab_size()}
+    facts = {"corpus": json.dumps(corpus | {"digest": digest}), "checksum": checksum(streams)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(streams, part := path.with_suffix(f".{os.getpid()}"), facts)
+        os.replace(part, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write the token cache {path.parent}: {error}; set XDG_CACHE_HOME") from error
+    return path
+
+
+def load_corpus(args: argparse.Namespace) -> Corpus:
+    """The same token streams on every rank: the first local rank of each host prepares them, the others wait."""
+    corpus = read_tokens(once_per_host(lambda: prepare_tokens(args)))
+    for split in ("train", "validation"):
+        if len(corpus.streams[split]) <= args.block_size:
+            raise UserError(f"--block_size {args.block_size} does not fit {split}: {len(corpus.streams[split])} tokens")
+    return corpus
+# endregion data
+
+
+# region model (owner: GPTLike-Base.py)
+class CausalSelfAttention(nn.Module):
+    """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
+
+    def __init__(self, d_model: int, n_head: int, dropout: float):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.projection = nn.Linear(d_model, d_model)
+        self.projection.is_residual = True
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, seq, d_model)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (batch, seq, 3, n_head, head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, n_head, seq, head_dim)
+        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.dropout(self.projection(heads.transpose(1, 2).flatten(2)))  # (batch, seq, d_model)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, d_model: int, dropout: float):
+        up, down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        down.is_residual = True
+        super().__init__(up, nn.GELU(approximate="tanh"), down, nn.Dropout(dropout))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, d_model: int, n_head: int, dropout: float):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(d_model), CausalSelfAttention(d_model, n_head, dropout)
+        self.norm2, self.feed_forward = nn.LayerNorm(d_model), FeedForward(d_model, dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, seq, d_model)
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits x @ weight.T over the targets that are not -100. 1,024 tokens at a time and with the
+    gradients taken at once, so that all logits never exist together. (PyTorch 2.13's own linear_cross_entropy gives the
+    loss in x's dtype: in bf16 two digits, too few for a perplexity.)"""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):  # (tokens, d_model), (vocab, d_model), (tokens,)
+        loss, grad_x, grad_weight = 0.0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for part, target, grad_part in zip(x.split(1024), targets.split(1024), grad_x.split(1024), strict=True):
+            with torch.enable_grad():
+                part, shared = part.detach().requires_grad_(), weight.detach().requires_grad_()
+                part_loss = F.cross_entropy(F.linear(part, shared).float(), target, reduction="sum")
+            loss += part_loss.detach()
+            if any(ctx.needs_input_grad):
+                grad, grad_shared = torch.autograd.grad(part_loss, (part, shared))
+                grad_part.copy_(grad)
+                grad_weight += grad_shared
+        count = (targets != -100).sum().clamp_min(1)
+        ctx.save_for_backward(grad_x / count, (grad_weight / count).to(weight.dtype))
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return *(grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors), None
+
+
+class LanguageModelHead(nn.Module):
+    """The output layer, on the embedding's weight. The loss is taken in here, since under ZeRO-3 a weight is whole only
+    while a module that owns it runs."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (vocab, d_model)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        if targets is None:
+            return F.linear(x, self.weight)  # (batch, seq, vocab)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten())  # ()
+
+
+class GPTLike(nn.Module):
+    """Pre-norm decoder-only transformer with learned positions and a tied head, initialized as GPT-2."""
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int):
+        super().__init__()
+        self.activation_checkpointing = args.activation_checkpointing
+        self.token_embedding = nn.Embedding(-(-vocab_size // 64) * 64, args.d_model)  # rows padded: faster matmuls
+        self.position_embedding = nn.Embedding(args.block_size, args.d_model)
+        self.dropout = nn.Dropout(args.dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)
+        )
+        self.final_norm = nn.LayerNorm(args.d_model)
+        self.head = LanguageModelHead(self.token_embedding.weight)
+        self.apply(self.initialize)  # apply() works under zero.Init too; a loop over parameters() would see empty ones
+
+    def initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            scale = math.sqrt(2 * len(self.blocks)) if hasattr(module, "is_residual") else 1  # 2 branches per block
+            nn.init.normal_(module.weight, std=0.02 / scale)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (batch, seq, vocab), or with targets (batch, seq) their mean loss. tokens: (batch, seq)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (batch, seq, d_model)
+        for block in self.blocks:
+            recompute = self.activation_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return self.head(self.final_norm(x), targets)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """All parameters once: matrices decay at the optimizer's rate, biases and norms never. By name, since under ZeRO-3
+    the shapes are gone."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("weight") and "norm" not in name].append(parameter)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+# endregion model
+
+
+# region training-loop (owner: GPTLike-Base.py)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # dense, 16 bit
+FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+
+
+def open_output(args: argparse.Namespace) -> None:
+    """Make --output_dir. A run found there is continued, or with --overwrite deleted, never mixed with another."""
+    output = Path(args.output_dir)
+    try:
+        for old in [output / "checkpoints", output / "model", *output.glob("*.json*")] if args.overwrite else []:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if args.resume == "never" and (output / "args.json").exists():
+            raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "args.json", vars(args))
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {output}: {error}") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
+    """What has to be the same in a checkpoint and in the run that continues it."""
+    names = ("n_layer", "n_head", "d_model", "block_size", "seed", "precision", "batch_size", "gradient_accumulation_steps")
+    facts = {"ZeRO stage": ZERO_STAGE, "world size": world_size(), "data and tokenizer": corpus.digest[:12]}
+    return facts | {name: getattr(args, name) for name in names}
+
+
+def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
+    """Continue from --resume PATH or from the newest checkpoint in --output_dir, if there is one."""
+    latest = Path(args.output_dir, "checkpoints", "latest")
+    folder = Path(args.resume)
+    if args.resume in ("auto", "never"):
+        if args.resume == "never" or not latest.exists():
+            return
+        folder = latest.with_name(latest.read_text())
+    if not folder.is_dir():
+        raise UserError(f"--resume {args.resume}: there is no checkpoint folder {folder}")
+    saved = run.load(folder)
+    for name, wanted in settings(args, corpus).items():
+        if saved["settings"][name] != wanted:
+            raise UserError(f"{folder} has {name} {saved['settings'][name]}, this run has {wanted}: run with the "
+                            "checkpoint's, or start afresh with --overwrite or another --output_dir")
+    run.step = saved["step"]
+    log(f"resumed from {folder} at step {run.step}")
+
+
+def keep_latest(folder: Path) -> None:
+    """Let `latest` name a checkpoint that is complete, by rename, and delete all but the two newest."""
+    (new := folder.with_name("latest.new")).write_text(folder.name)
+    os.replace(new, folder.with_name("latest"))
+    for old in sorted(folder.parent.glob("step*"), key=lambda path: int(path.name[4:]))[:-2]:
+        shutil.rmtree(old)
+
+
+def lr_factor(step: int, args: argparse.Namespace) -> float:
+    """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+
+def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, device: torch.device) -> Iterator:
+    """This rank's (inputs, targets), each (micro batch, seq), of one optimizer step: its slice of the global batch."""
+    mine = args.batch_size * args.gradient_accumulation_steps
+    index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
+    for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
+        yield tuple(tensor.to(device) for tensor in data[part])
+
+
+@torch.no_grad()
+def evaluate(run, corpus: Corpus, split: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
+    data = TokenizedDataset(corpus.streams[split], args.block_size, pad=True)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    run.model.eval()
+    for first in range(0, len(data), args.batch_size * world_size()):
+        index = first + rank() * args.batch_size + torch.arange(args.batch_size)
+        inputs, targets = data[index.clamp_max(len(data) - 1)]
+        targets[index >= len(data)] = -100  # every rank makes every pass: ZeRO-3 would wait for an absent one
+        count = (targets != -100).sum().to(device)
+        total += torch.stack((run.model(inputs.to(device), targets.to(device)) * count, count))
+    run.model.train()
+    nats, tokens = sum_over_ranks(total).tolist()
+    return {
+        f"{split}_loss": nats / tokens,
+        f"{split}_perplexity": math.exp(nats / tokens),
+        f"{split}_word_perplexity": math.exp(min(nats / corpus.sizes[split]["words"], 700)),
+        f"{split}_bits_per_byte": nats / math.log(2) / corpus.sizes[split]["bytes"],
+    }
+
+
+def bytes_held(parameters: list, optimizer_states: list) -> dict[str, int]:
+    """Bytes of the floating-point tensors alive in this process, by kind and place. What is neither parameter nor
+    optimizer state counts as gradients: between two passes only gradients and the buckets they travel in are left."""
+    held, counted = {}, set()
+    others = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients", others)):
+        for tensor in tensors:
+            memory = tensor.untyped_storage()
+            if tensor.is_floating_point() and tensor.device.type != "meta" and memory.data_ptr() not in counted:
+                counted.add(memory.data_ptr())
+                place = f"{kind} on {tensor.device.type}"
+                held[place] = held.get(place, 0) + memory.nbytes()
+    return held
+
+
+def show_ledger(run, held: dict[str, int], args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Print and return the model states that rank 0 holds, beside the formulas of arXiv:1910.02054, section 3.1."""
+    width, ledger = 4 if args.precision == "fp32" else 2, {}
+    states = 8 if args.precision == "fp32" and ZERO_STAGE == 0 else 12  # momentum and variance, and a copy in fp32
+    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {world_size()})")
+    for place, size in sorted(held.items(), reverse=True):
+        stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
+        formula = unit * run.num_params // (world_size() if ZERO_STAGE >= stage else 1)
+        ledger[place] = {"held": size, "formula": formula}
+        log(f"  {place:25}{size:16,}{formula:16,} = {unit}P{'/N' if ZERO_STAGE >= stage else ''}")
+    return ledger
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """On a GPU the allocator's peak since the last call; on a CPU the process's peak since its start."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
+
+
+def show_start(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
+    script, card = Path(__file__), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    hosts = sum_over_ranks(torch.tensor(float(local_rank() == 0), device=device)).item()
+    tokens = ", ".join(f"{split} {len(stream):,}" for split, stream in corpus.streams.items())
+    log(f"{script.name} sha256={hashlib.sha256(script.read_bytes()).hexdigest()[:16]} ZeRO stage {ZERO_STAGE}")
+    log(f"world size {world_size()}, hosts {hosts:.0f}, device {card}, precision {args.precision}")
+    log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {run.num_params:,} parameters")
+
+
+def record(fields: dict, args: argparse.Namespace) -> None:
+    """One object in metrics.jsonl and the same as a line on the screen."""
+    log(" ".join(f"{name}={value:{FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
+    if rank() == 0:
+        with Path(args.output_dir, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> dict:
+    """The loop that all scripts share; `run` does what differs between them. Returns the ledger."""
+    data, ledger = TokenizedDataset(corpus.streams["train"], args.block_size), {}
+    step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
+    flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
+    bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
+    clock, clocked = time.perf_counter(), run.step
+    while run.step < args.max_steps:
+        torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
+        loss = run.forward_backward(micro_batches(data, run.step, args, device))
+        gradients = {} if ledger else {k: v for k, v in run.held().items() if k[0] == "g"}  # the step frees them
+        run.update()
+        ledger = ledger or show_ledger(run, {k: v for k, v in run.held().items() if k[0] != "g"} | gradients, args)
+        run.step += 1
+        bar.update()  # shows on a terminal only
+        due = {name for name in ("log", "eval", "save") if run.step == args.max_steps
+               or (interval := getattr(args, f"{name}_interval")) and run.step % interval == 0}
+        if "log" in due:
+            loss = sum_over_ranks(loss).item() / world_size()  # the loop's only wait for the device
+            rate = step_tokens * (run.step - clocked) / (time.perf_counter() - clock)
+            mfu = {"mfu": rate * flops / (peak * 1e12 * world_size())} if peak else {}
+            record({"step": run.step, "loss": loss, "lr": run.learning_rate(), "tokens_per_second": rate,
+                    "peak_memory_gib": peak_memory_gib(device)} | mfu, args)
+        if "eval" in due:
+            record({"step": run.step} | evaluate(run, corpus, "validation", args, device), args)
+        if "save" in due:
+            run.save({"step": run.step, "settings": settings(args, corpus)})
+        if due:
+            clock, clocked = time.perf_counter(), run.step
+    bar.close()
+    return ledger
+
+
+def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
+    """Write model/ and summary.json; run.full_weights() is collective, so all ranks call this."""
+    final = {key: value for split in corpus.streams if split != "train"
+             for key, value in evaluate(run, corpus, split, args, device).items()}
+    weights = run.full_weights()
+    if rank() == 0:
+        output = Path(args.output_dir)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        (output / "model").mkdir(exist_ok=True)
+        safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
+        (output / "model" / "tokenizer.json").write_text(corpus.tokenizer)
+        shape = ("n_layer", "n_head", "d_model", "block_size", "dropout")
+        vocabulary = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
+        write_json(output / "model" / "config.json", {name: getattr(args, name) for name in shape} | vocabulary)
+        rates = [line["tokens_per_second"] for line in records if "tokens_per_second" in line]
+        write_json(output / "summary.json", {"steps": run.step, "parameters": run.num_params, **final,
+                   "best_validation_loss": min(line["validation_loss"] for line in records if "validation_loss" in line),
+                   "tokens_per_second": median(rates[1:] or rates), "ledger": ledger,
+                   "peak_memory_gib": max(line.get("peak_memory_gib", 0) for line in records)})
+        log(" ".join(f"{name}={value:.4f}" for name, value in final.items()))
+        log(f"saved {output}/model, {output}/summary.json")
+# endregion training-loop
+
+
+# One process: what the distributed scripts do together is here done alone.
+def rank() -> int:
+    return 0
+
+
+def local_rank() -> int:
+    return 0
+
+
+def world_size() -> int:
+    return 1
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def once_per_host(work: Callable[[], object]) -> object:
+    return work()
+
+
+def log(message: str) -> None:
+    tqdm.write(message)
+
+
+class PlainRun:
+    """By hand what `deepspeed.initialize` takes over in the other scripts: one step, its precision, saving, loading."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace):
+        self.model, self.args, self.step = model, args, 0
+        self.forward = torch.compile(model) if args.compile else model
+        groups = parameter_groups(model)
+        self.weights = [weight for group in groups for weight in group["params"]]
+        self.num_params = sum(weight.numel() for weight in self.weights)
+        self.masters = self.weights
+        if args.precision != "fp32":  # 16 bits are too few for Adam's small steps: it works on an fp32 copy
+            self.masters = [weight.detach().float().requires_grad_() for weight in self.weights]
+            copies = iter(self.masters)
+            groups = [group | {"params": [next(copies) for _ in group["params"]]} for group in groups]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=args.lr, betas=BETAS, eps=EPS, weight_decay=args.weight_decay, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, args))
+        self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
+
+    def forward_backward(self, batches: Iterator) -> torch.Tensor:
+        """The mean loss of one optimizer step's micro batches, whose gradients add up."""
+        total = torch.zeros((), device=self.weights[0].device)
+        for inputs, targets in batches:
+            loss = self.forward(inputs, targets) / self.args.gradient_accumulation_steps
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def update(self) -> None:
+        if self.masters is not self.weights:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.masters, GRADIENT_CLIPPING)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                weight.copy_(master)
+
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def held(self) -> dict[str, int]:
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        gradients = [weight.grad for weight in self.weights]  # noqa: F841  alive in Python, so that they are counted
+        return bytes_held(self.weights, self.masters + states)
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().cpu() for name, weight in self.model.named_parameters()}
+
+    def parts(self) -> dict[str, object]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler, "model": self.model}
+
+    def save(self, state: dict) -> None:
+        folder = Path(self.args.output_dir, "checkpoints", f"step{self.step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        torch.save(state | states | {"masters": [m.detach() for m in self.masters]}, folder / "state.pt")
+        keep_latest(folder)
+
+    def load(self, folder: Path) -> dict:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+        return state
+
+
+def main() -> None:
+    parser = build_parser()
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args()
+    check_args(parser, args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK") != "0":
+            sys.exit(1)
+        raise UserError("one process only, but started on several ranks: run DeepSpeed-GPTLike-ZeRO-1.py there")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 does not run on a CPU: use --precision bf16 or fp32")
+    corpus = load_corpus(args)
+    open_output(args)
+    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
+    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / args.batch_size / args.gradient_accumulation_steps)
+    torch.manual_seed(args.seed)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    run = PlainRun(GPTLike(args, corpus.vocab_size).to(device, dtype), args)
+    show_start(run, corpus, args, device)
+    resume(run, args, corpus)
+    finish(run, train(run, corpus, args, device), corpus, args, device)
+
+
+if __name__ == "__main__":
+    stop_on_user_error(main)
