@@ -12,6 +12,7 @@ Source: GPT-2 (Radford et al., 2019); fp32 master weights, arXiv:1710.03740; mod
 """
 
 import argparse
+import functools
 import gc
 import hashlib
 import http.client
@@ -33,12 +34,11 @@ from typing import NamedTuple
 import safetensors.torch
 import tokenizers
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-ZERO_STAGE = 0
 # The numbers of configs/zero1.json, so that all scripts start from one recipe (a test compares them).
 DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 3e-4, "weight_decay": 0.1, "precision": "bf16"}
 BETAS, EPS, GRADIENT_CLIPPING = (0.9, 0.95), 1e-8, 1.0
@@ -99,9 +99,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error = lambda message: sys.exit(2)  # rank 0 prints it
     may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
-            if not isinstance(value, bool):
-                parser.error(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0")
+        if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
+            parser.error(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} must be below 1")
     if args.d_model % args.n_head:
@@ -150,8 +149,8 @@ def step_indices(step: int, num_blocks: int, *, global_batch: int, seed: int) ->
     ranks and micro batches sees the same data and a resumed run goes on in the middle of an epoch."""
     place = torch.arange(step * global_batch, (step + 1) * global_batch)
     epochs = range(int(place[0]) // num_blocks, int(place[-1]) // num_blocks + 1)
-    shuffle = [torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in epochs]
-    return torch.cat(shuffle)[place - epochs[0] * num_blocks]
+    seeds = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in epochs]
+    return torch.cat([torch.randperm(num_blocks, generator=s) for s in seeds])[place - epochs[0] * num_blocks]
 
 
 def from_hub(what: str, load: Callable[[], object]) -> object:
@@ -184,33 +183,30 @@ def join_rows(rows: list[str]) -> str:
     return "".join(row if row.endswith("\n") else row + " \n" for row in rows)
 
 
-def read_wikitext2() -> dict[str, str]:
-    import datasets
+def read_texts(dataset: str) -> dict[str, str]:
+    """{"train": text, "validation": text, perhaps "test": text}; never one source in place of another."""
+    if dataset == "wikitext2":
+        import datasets
 
-    datasets.disable_progress_bars()
-    rows = datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
-    return {split: join_rows(rows[split]["text"]) for split in ("train", "validation", "test")}
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
+        return {split: join_rows(rows[split]["text"]) for split in ("train", "validation", "test")}
+    if dataset == "sample":
+        from pydoc_data.topics import topics  # the language reference behind Python's help()
 
-
-def read_sample() -> dict[str, str]:
-    from pydoc_data.topics import topics  # the language reference behind Python's help()
-
-    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
-    return {"train": "\n\n".join(t for i, t in enumerate(texts) if i % 10), "validation": "\n\n".join(texts[::10])}
-
-
-def read_folder(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        raise UserError(f"--dataset {folder}: no such folder; else write wikitext2 or sample")
-    texts, names = {}, sorted(path.name for path in folder.iterdir())
+        texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+        return {"train": "\n\n".join(t for i, t in enumerate(texts) if i % 10), "validation": "\n\n".join(texts[::10])}
+    if not Path(dataset).is_dir():
+        raise UserError(f"--dataset {dataset}: no such folder; else write wikitext2 or sample")
+    texts, names = {}, sorted(path.name for path in Path(dataset).iterdir())
     for split, stem in {"train": "train", "validation": "val", "test": "test"}.items():
         files = [n for n in names if re.fullmatch(rf"(wiki\.)?{stem}.*\.(txt|raw|tokens|parquet)", n)]
         if len({Path(file).suffix for file in files}) > 1:
-            raise UserError(f"{folder} has {split} in several formats, keep one: {', '.join(files)}")
+            raise UserError(f"{dataset} has {split} in several formats, keep one: {', '.join(files)}")
         if not files and split != "test":
-            raise UserError(f"{folder} has no {stem}* that ends in .txt, .raw, .tokens or .parquet, but {names[:8]}")
+            raise UserError(f"{dataset} has no {stem}* that ends in .txt, .raw, .tokens or .parquet, but {names[:8]}")
         if files:
-            texts[split] = "".join(read_file(folder / file) for file in files)
+            texts[split] = "".join(read_file(Path(dataset, file)) for file in files)
     return texts
 
 
@@ -271,10 +267,8 @@ def read_tokens(path: Path) -> Corpus | None:
 
 def prepare_tokens(args: argparse.Namespace) -> Path:
     """The cache file with the tokens of --dataset, named by content; written by rename, so nobody reads half a file."""
-    if args.dataset == "wikitext2":
-        texts = from_hub(f"data set {HUB_DATASET}", read_wikitext2)
-    else:
-        texts = read_sample() if args.dataset == "sample" else read_folder(Path(args.dataset))
+    read = functools.partial(read_texts, args.dataset)
+    texts = from_hub(f"data set {HUB_DATASET}", read) if args.dataset == "wikitext2" else read()
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     source = read_tokenizer(auto if args.tokenizer == "auto" else args.tokenizer)
     digest = hashlib.sha256(json.dumps([source, texts]).encode()).hexdigest()
@@ -429,11 +423,11 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 # region training-loop (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # dense, 16 bit
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
 FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
-def open_output(args: argparse.Namespace) -> None:
+def open_output(args: argparse.Namespace, ds_config: dict) -> None:
     """Make --output_dir. A run found there is continued, or with --overwrite deleted, never mixed with another."""
     output = Path(args.output_dir)
     try:
@@ -443,6 +437,7 @@ def open_output(args: argparse.Namespace) -> None:
             raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "args.json", vars(args))
+        write_json(output / "ds_config.json", ds_config)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {output}: {error}") from error
 
@@ -453,36 +448,52 @@ def write_json(path: Path, value: dict) -> None:
 
 def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
     """What has to be the same in a checkpoint and in the run that continues it."""
-    names = ("n_layer", "n_head", "d_model", "block_size", "seed", "precision", "batch_size", "gradient_accumulation_steps")
-    facts = {"ZeRO stage": ZERO_STAGE, "world size": world_size(), "data and tokenizer": corpus.digest[:12]}
+    names = ("n_layer", "n_head", "d_model", "block_size", "seed", "precision")
+    names += ("batch_size", "gradient_accumulation_steps")
+    facts = {"ZeRO stage": args.zero_stage, "world size": world_size(), "data and tokenizer": corpus.digest[:12]}
     return facts | {name: getattr(args, name) for name in names}
 
 
-def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
-    """Continue from --resume PATH or from the newest checkpoint in --output_dir, if there is one."""
-    latest = Path(args.output_dir, "checkpoints", "latest")
-    folder = Path(args.resume)
-    if args.resume in ("auto", "never"):
-        if args.resume == "never" or not latest.exists():
-            return
-        folder = latest.with_name(latest.read_text())
-    if not folder.is_dir():
-        raise UserError(f"--resume {args.resume}: there is no checkpoint folder {folder}")
-    saved = run.load(folder)
-    for name, wanted in settings(args, corpus).items():
-        if saved["settings"][name] != wanted:
-            raise UserError(f"{folder} has {name} {saved['settings'][name]}, this run has {wanted}: run with the "
-                            "checkpoint's, or start afresh with --overwrite or another --output_dir")
-    run.step = saved["step"]
-    log(f"resumed from {folder} at step {run.step}")
-
-
-def keep_latest(folder: Path) -> None:
-    """Let `latest` name a checkpoint that is complete, by rename, and delete all but the two newest."""
-    (new := folder.with_name("latest.new")).write_text(folder.name)
-    os.replace(new, folder.with_name("latest"))
+def seal(folder: Path, facts: dict) -> None:
+    """Once a host has all files of a checkpoint: write its facts, let `latest` name it, keep the two newest."""
+    write_json(folder / "run.json", facts)
+    folder.with_name("latest.new").write_text(folder.name)
+    os.replace(folder.with_name("latest.new"), folder.with_name("latest"))
     for old in sorted(folder.parent.glob("step*"), key=lambda path: int(path.name[4:]))[:-2]:
         shutil.rmtree(old)
+
+
+def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
+    """Continue from --resume PATH, or with auto from the newest checkpoint in --output_dir if there is one."""
+    latest, folder = Path(args.output_dir, "checkpoints", "latest"), Path(args.resume)
+    if args.resume == "auto" and latest.exists():
+        folder = latest.with_name(latest.read_text())
+    if folder.name not in ("auto", "never"):
+        try:
+            saved = json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--resume {args.resume}: {folder} is not a complete checkpoint ({error})") from error
+        for name, wanted in settings(args, corpus).items():
+            if saved["settings"].get(name) != wanted:
+                raise UserError(f"{folder} has {name} {saved['settings'].get(name)}, this run {wanted}: take the "
+                                "former, or start afresh with --overwrite or another --output_dir")
+        if saved["step"] >= args.max_steps and Path(args.output_dir, "summary.json").exists():
+            log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "
+                "would continue it, --overwrite start afresh")
+            sys.exit(0)
+        run.load(folder)
+        run.step = saved["step"]
+        log(f"resumed from {folder} at step {run.step}")
+    if rank() == 0:  # forget what was logged after the checkpoint
+        metrics = Path(args.output_dir, "metrics.jsonl")
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+
+
+def set_max_steps(args: argparse.Namespace, corpus: Corpus) -> None:
+    global_batch = args.batch_size * args.gradient_accumulation_steps * world_size()
+    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
+    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / global_batch)
 
 
 def lr_factor(step: int, args: argparse.Namespace) -> float:
@@ -523,31 +534,34 @@ def evaluate(run, corpus: Corpus, split: str, args: argparse.Namespace, device: 
     }
 
 
-def bytes_held(parameters: list, optimizer_states: list) -> dict[str, int]:
-    """Bytes of the floating-point tensors alive in this process, by kind and place. What is neither parameter nor
-    optimizer state counts as gradients: between two passes only gradients and the buckets they travel in are left."""
+def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dict[str, int]:
+    """Bytes of the floating-point tensors that live in this process, by kind and place. All that is neither parameter
+    nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted = {}, set()
-    others = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients", others)):
+    rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients", rest)):
         for tensor in tensors:
-            memory = tensor.untyped_storage()
-            if tensor.is_floating_point() and tensor.device.type != "meta" and memory.data_ptr() not in counted:
+            if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
+                continue
+            memory, place = tensor.untyped_storage(), f"{kind} on {tensor.device.type}"
+            if memory.data_ptr() not in counted:
                 counted.add(memory.data_ptr())
-                place = f"{kind} on {tensor.device.type}"
                 held[place] = held.get(place, 0) + memory.nbytes()
     return held
 
 
-def show_ledger(run, held: dict[str, int], args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Print and return the model states that rank 0 holds, beside the formulas of arXiv:1910.02054, section 3.1."""
-    width, ledger = 4 if args.precision == "fp32" else 2, {}
-    states = 8 if args.precision == "fp32" and ZERO_STAGE == 0 else 12  # momentum and variance, and a copy in fp32
-    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {world_size()})")
+def show_ledger(run, before: dict[str, int], after: dict[str, int], args: argparse.Namespace) -> dict[str, dict]:
+    """Print and return the model states of rank 0 beside the formulas of arXiv:1910.02054, section 3.1. The optimizer
+    step makes the optimizer states and frees the gradients, so these are counted before it and the rest after."""
+    width, share, ledger = 4 if args.precision == "fp32" else 2, world_size(), {}
+    states = 8 if args.precision == "fp32" and args.zero_stage == 0 else 12  # momentum and variance, and a copy in fp32
+    held = {k: v for k, v in after.items() if k[0] != "g"} | {k: v for k, v in before.items() if k[0] == "g"}
+    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {share} ranks)")
     for place, size in sorted(held.items(), reverse=True):
         stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
-        formula = unit * run.num_params // (world_size() if ZERO_STAGE >= stage else 1)
+        formula = unit * run.num_params // (share if stage <= args.zero_stage else 1)
         ledger[place] = {"held": size, "formula": formula}
-        log(f"  {place:25}{size:16,}{formula:16,} = {unit}P{'/N' if ZERO_STAGE >= stage else ''}")
+        log(f"  {place:25}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
     return ledger
 
 
@@ -564,7 +578,7 @@ def show_start(run, corpus: Corpus, args: argparse.Namespace, device: torch.devi
     script, card = Path(__file__), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     hosts = sum_over_ranks(torch.tensor(float(local_rank() == 0), device=device)).item()
     tokens = ", ".join(f"{split} {len(stream):,}" for split, stream in corpus.streams.items())
-    log(f"{script.name} sha256={hashlib.sha256(script.read_bytes()).hexdigest()[:16]} ZeRO stage {ZERO_STAGE}")
+    log(f"{script.name} sha256={hashlib.sha256(script.read_bytes()).hexdigest()[:16]} ZeRO stage {args.zero_stage}")
     log(f"world size {world_size()}, hosts {hosts:.0f}, device {card}, precision {args.precision}")
     log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {run.num_params:,} parameters")
 
@@ -589,50 +603,53 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     while run.step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
         loss = run.forward_backward(micro_batches(data, run.step, args, device))
-        gradients = {} if ledger else {k: v for k, v in run.held().items() if k[0] == "g"}  # the step frees them
+        before = {} if ledger else run.held()
         run.update()
-        ledger = ledger or show_ledger(run, {k: v for k, v in run.held().items() if k[0] != "g"} | gradients, args)
+        ledger = ledger or show_ledger(run, before, run.held(), args)
         run.step += 1
         bar.update()  # shows on a terminal only
-        due = {name for name in ("log", "eval", "save") if run.step == args.max_steps
-               or (interval := getattr(args, f"{name}_interval")) and run.step % interval == 0}
-        if "log" in due:
+        log_due, eval_due, save_due = (
+            run.step == args.max_steps or interval and run.step % interval == 0
+            for interval in (args.log_interval, args.eval_interval, args.save_interval)
+        )
+        if log_due:
             loss = sum_over_ranks(loss).item() / world_size()  # the loop's only wait for the device
             rate = step_tokens * (run.step - clocked) / (time.perf_counter() - clock)
+            line = {"step": run.step, "loss": loss, "lr": run.learning_rate(), "tokens_per_second": rate}
             mfu = {"mfu": rate * flops / (peak * 1e12 * world_size())} if peak else {}
-            record({"step": run.step, "loss": loss, "lr": run.learning_rate(), "tokens_per_second": rate,
-                    "peak_memory_gib": peak_memory_gib(device)} | mfu, args)
-        if "eval" in due:
+            record(line | {"peak_memory_gib": peak_memory_gib(device)} | mfu, args)
+        if eval_due and run.step < args.max_steps:  # finish() makes the last one
             record({"step": run.step} | evaluate(run, corpus, "validation", args, device), args)
-        if "save" in due:
+        if save_due:
             run.save({"step": run.step, "settings": settings(args, corpus)})
-        if due:
+        if log_due or eval_due or save_due:
             clock, clocked = time.perf_counter(), run.step
     bar.close()
     return ledger
 
 
 def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
-    """Write model/ and summary.json; run.full_weights() is collective, so all ranks call this."""
-    final = {key: value for split in corpus.streams if split != "train"
-             for key, value in evaluate(run, corpus, split, args, device).items()}
+    """Write model/ and summary.json. All ranks call this: the last evaluation and the weights need them all."""
+    output, final = Path(args.output_dir), {}
+    for split in sorted(corpus.streams.keys() - {"train"}):
+        final |= evaluate(run, corpus, split, args, device)
+    record({"step": run.step} | final, args)
     weights = run.full_weights()
-    if rank() == 0:
-        output = Path(args.output_dir)
-        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        (output / "model").mkdir(exist_ok=True)
-        safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
-        (output / "model" / "tokenizer.json").write_text(corpus.tokenizer)
-        shape = ("n_layer", "n_head", "d_model", "block_size", "dropout")
-        vocabulary = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
-        write_json(output / "model" / "config.json", {name: getattr(args, name) for name in shape} | vocabulary)
-        rates = [line["tokens_per_second"] for line in records if "tokens_per_second" in line]
-        write_json(output / "summary.json", {"steps": run.step, "parameters": run.num_params, **final,
-                   "best_validation_loss": min(line["validation_loss"] for line in records if "validation_loss" in line),
-                   "tokens_per_second": median(rates[1:] or rates), "ledger": ledger,
-                   "peak_memory_gib": max(line.get("peak_memory_gib", 0) for line in records)})
-        log(" ".join(f"{name}={value:.4f}" for name, value in final.items()))
-        log(f"saved {output}/model, {output}/summary.json")
+    if rank() > 0:
+        return
+    (output / "model").mkdir(exist_ok=True)
+    safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
+    (output / "model" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
+    rows = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
+    write_json(output / "model" / "config.json", shape | rows)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses, rates, peaks = ([line[name] for line in lines if name in line]
+                            for name in ("validation_loss", "tokens_per_second", "peak_memory_gib"))
+    facts = {"steps": run.step, "parameters": run.num_params, "best_validation_loss": min(losses), "ledger": ledger}
+    facts |= {"tokens_per_second": median(rates[1:] or rates), "peak_memory_gib": max(peaks)}
+    write_json(output / "summary.json", facts | final)
+    log(f"saved {output / 'model'} and {output / 'summary.json'}")
 # endregion training-loop
 
 
@@ -709,48 +726,44 @@ class PlainRun:
 
     def held(self) -> dict[str, int]:
         states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        gradients = [weight.grad for weight in self.weights]  # noqa: F841  alive in Python, so that they are counted
-        return bytes_held(self.weights, self.masters + states)
+        return bytes_held(self.weights, self.masters + states, [weight.grad for weight in self.weights])
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         return {name: weight.detach().cpu() for name, weight in self.model.named_parameters()}
 
     def parts(self) -> dict[str, object]:
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler, "model": self.model}
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
-    def save(self, state: dict) -> None:
+    def save(self, facts: dict) -> None:
         folder = Path(self.args.output_dir, "checkpoints", f"step{self.step}")
         folder.mkdir(parents=True, exist_ok=True)
-        states = {name: part.state_dict() for name, part in self.parts().items()}
-        torch.save(state | states | {"masters": [m.detach() for m in self.masters]}, folder / "state.pt")
-        keep_latest(folder)
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        torch.save(state | {"masters": [master.detach() for master in self.masters]}, folder / "state.pt")
+        seal(folder, facts)
 
-    def load(self, folder: Path) -> dict:
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", weights_only=True)
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-        return state
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
 
 
 def main() -> None:
     parser = build_parser()
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**DEFAULTS, zero_stage=0)
     args = parser.parse_args()
     check_args(parser, args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if os.environ.get("RANK") != "0":
-            sys.exit(1)
-        raise UserError("one process only, but started on several ranks: run DeepSpeed-GPTLike-ZeRO-1.py there")
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        message = f"started on {ranks} ranks, but it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py there"
+        sys.exit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK") == "0" else 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 does not run on a CPU: use --precision bf16 or fp32")
     corpus = load_corpus(args)
-    open_output(args)
-    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
-    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / args.batch_size / args.gradient_accumulation_steps)
+    set_max_steps(args, corpus)
+    open_output(args, {})
     torch.manual_seed(args.seed)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     run = PlainRun(GPTLike(args, corpus.vocab_size).to(device, dtype), args)
