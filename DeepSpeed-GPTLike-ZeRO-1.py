@@ -550,7 +550,7 @@ def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dic
     nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted = {}, set()
     rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients", rest)):
+    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients_and_buckets", rest)):
         for tensor in tensors:
             if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
                 continue
@@ -572,7 +572,7 @@ def show_ledger(run, before: dict[str, int], after: dict[str, int], args: argpar
         stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
         formula = unit * run.num_params // (share if stage <= args.zero_stage else 1)
         ledger[place] = {"held": size, "formula": formula}
-        log(f"  {place:25}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
+        log(f"  {place:29}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
     return ledger
 
 
@@ -704,19 +704,19 @@ def once_per_host(work: Callable[[], object]) -> object:
 
 
 def start_distributed(args: argparse.Namespace) -> torch.device:
-    """Join the ranks and return this rank's device: its GPU, or the CPU with the host's cores divided among its ranks."""
+    """Join the ranks. Returns this rank's device: its GPU, or the CPU with the host's cores divided among its ranks."""
     if "RANK" not in os.environ:  # plain `python SCRIPT.py`: one rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update({name: str(value) for name, value in (alone | {"MASTER_PORT": free.getsockname()[1]}).items()})
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
     refuse_dropped_devices()
     deepspeed.utils.logger.setLevel("WARNING")
     if torch.cuda.is_available():
         if ranks_here > torch.cuda.device_count():
-            raise UserError(f"{ranks_here} ranks on this host but {torch.cuda.device_count()} GPUs: start one rank per GPU")
+            raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")
         torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
         deepspeed.init_distributed()
         return torch.device("cuda", local_rank())
@@ -735,8 +735,8 @@ def refuse_dropped_devices() -> None:
         except psutil.Error:
             return
         if counted and wanted and wanted != os.environ.get("CUDA_VISIBLE_DEVICES"):
-            raise UserError(f"{counted[0]} makes deepspeed ignore CUDA_VISIBLE_DEVICES={wanted}: leave {counted[0]} out, "
-                            f"or unset the variable and write deepspeed --include localhost:{wanted}")
+            raise UserError(f"{counted[0]} makes deepspeed ignore CUDA_VISIBLE_DEVICES={wanted}: leave {counted[0]} "
+                            f"out, or unset the variable and write deepspeed --include localhost:{wanted}")
 # endregion launch
 
 
@@ -785,7 +785,8 @@ def unknown_keys(config: dict) -> list[str]:
         for key in section if known else ():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                problems.append(f"unknown key {'.'.join([*path, key])}" + (f": did you mean {near[0]}?" if near else ""))
+                hint = f": did you mean {near[0]}?" if near else ""
+                problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
     return problems
 
 

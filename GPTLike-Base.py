@@ -539,7 +539,7 @@ def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dic
     nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted = {}, set()
     rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients", rest)):
+    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients_and_buckets", rest)):
         for tensor in tensors:
             if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
                 continue
@@ -561,7 +561,7 @@ def show_ledger(run, before: dict[str, int], after: dict[str, int], args: argpar
         stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
         formula = unit * run.num_params // (share if stage <= args.zero_stage else 1)
         ledger[place] = {"held": size, "formula": formula}
-        log(f"  {place:25}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
+        log(f"  {place:29}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
     return ledger
 
 
@@ -752,9 +752,10 @@ class PlainRun:
 
 def main() -> None:
     parser = build_parser()
-    parser.set_defaults(**DEFAULTS, zero_stage=0)
+    parser.set_defaults(**DEFAULTS)
     args = parser.parse_args()
     check_args(parser, args)
+    args.zero_stage = 0
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
         message = f"started on {ranks} ranks, but it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py there"
         sys.exit(f"{Path(__file__).name}: error: {message}" if os.environ.get("RANK") == "0" else 1)

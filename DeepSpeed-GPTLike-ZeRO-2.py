@@ -1,0 +1,957 @@
+"""The same GPT under DeepSpeed ZeRO stage 2: each rank keeps only its share of the gradients, too.
+
+Adds to DeepSpeed-GPTLike-ZeRO-1.py:
+- "stage": 2 in the JSON (configs/zero2.json), and nothing in the code: DeepSpeed reduces each gradient to the rank that
+  updates its parameters as soon as the backward pass has it, and the others drop it
+Partitioned across ranks: optimizer states and gradients; 2P + 14P/N bytes are left on each of N ranks. Each rank sends
+and receives as much as with plain data parallelism, 2P elements a step.
+
+Run:
+    deepspeed --num_gpus 2 DeepSpeed-GPTLike-ZeRO-2.py
+    torchrun --nproc_per_node 2 DeepSpeed-GPTLike-ZeRO-2.py --dataset sample
+    python DeepSpeed-GPTLike-ZeRO-2.py --dataset sample --n_layer 2 --n_head 4 --d_model 128 --max_steps 50
+
+Source: ZeRO, arXiv:1910.02054, section 5.2; https://www.deepspeed.ai/docs/config-json/
+"""
+
+import argparse
+import difflib
+import functools
+import gc
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import deepspeed
+import hjson
+import psutil
+import pydantic
+import safetensors.torch
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import cpp_extension
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+PREVIOUS = "DeepSpeed-GPTLike-ZeRO-1.py"
+ZERO_STAGE = 2  # ZeRO-2: gradients are partitioned as well
+DEFAULT_DS_CONFIG = "configs/zero2.json"
+
+
+# region arguments (owner: GPTLike-Base.py)
+class UserError(Exception):
+    """Something that the user can mend: raised on every rank, printed once, exit code 1, no traceback."""
+
+
+def stop_on_user_error(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}" if rank() == 0 else 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of all six scripts. Those that the JSON knows too have no default here: left out, the JSON's holds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    unset, add = argparse.SUPPRESS, parser.add_argument_group("model").add_argument
+    add("--n_layer", type=int, default=6, help="transformer blocks")
+    add("--n_head", type=int, default=12, help="attention heads per block")
+    add("--d_model", type=int, default=768, help="width of the residual stream")
+    add("--block_size", type=int, default=256, help="tokens per sequence")
+    add("--dropout", type=float, default=0.1, help="on embeddings and residual branches")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=3, help="passes over the train split")
+    add("--max_steps", type=int, help="optimizer steps; wins over --epochs")
+    add("--batch_size", type=int, default=unset, help="micro batch: sequences per rank per forward")
+    add("--gradient_accumulation_steps", type=int, default=unset, help="micro batches per optimizer step")
+    add("--lr", type=float, default=unset, help="peak learning rate")
+    add("--weight_decay", type=float, default=unset, help="on matrices, not on biases and norms")
+    add("--warmup_steps", type=int, default=20, help="optimizer steps of linear warm-up; then cosine decay to lr/10")
+    add("--precision", choices=["bf16", "fp16", "fp32"], default=unset, help="of weights and activations")
+    add("--seed", type=int, default=42, help="of initialization, data order and dropout")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--dataset", default="wikitext2", help="wikitext2 (Hub), sample (offline), or a folder with train*, valid*")
+    add("--tokenizer", default="auto", help="auto, gpt2 (Hub), bpe:SIZE (trained here), or a tokenizer.json's path")
+    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="metrics, checkpoints, final model")
+    add("--resume", default="auto", help="auto (newest checkpoint in --output_dir), never, or a checkpoint's path")
+    add("--overwrite", action="store_true", help="start afresh: delete the run that --output_dir holds")
+    add("--log_interval", type=int, default=10, help="optimizer steps between lines")
+    add("--eval_interval", type=int, default=200, help="optimizer steps between validations; 0: at the end only")
+    add("--save_interval", type=int, default=500, help="optimizer steps between checkpoints; 0: at the end only")
+    add("--peak_tflops", type=float, help="of one device, for MFU where it is not known")
+    add("--local_rank", "--local-rank", type=int, default=0, help="set by launchers; LOCAL_RANK wins")
+    return parser
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends in usage, one message and exit code 2 where a number makes no sense."""
+    if rank() > 0:
+        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
+    may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
+            parser.error(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+    if args.dropout >= 1:
+        parser.error(f"--dropout {args.dropout} must be below 1")
+    if args.d_model % args.n_head:
+        parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
+    size = args.tokenizer.removeprefix("bpe:")
+    if size != args.tokenizer and not (size.isdecimal() and 256 <= int(size) < 10**6):
+        parser.error(f"--tokenizer {args.tokenizer}: write bpe:SIZE with a SIZE from 256 to 999999")
+# endregion arguments
+
+
+# region data (owner: GPTLike-Base.py)
+HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
+WAYS_OUT = """Ways out:
+  mirror   export HF_ENDPOINT=https://YOUR-MIRROR
+  cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
+  folder   --dataset DIR with train.txt and valid.txt, or the official wiki.train.raw and wiki.valid.raw
+  sample   --dataset sample: English prose that comes with Python and needs no network"""
+
+
+class Corpus(NamedTuple):
+    streams: dict[str, torch.Tensor]  # int32 token ids of "train", "validation" and, if there is one, "test"
+    sizes: dict[str, dict[str, int]]  # "bytes" and "words" (between white space) of each split
+    tokenizer: str  # JSON
+    vocab_size: int
+    digest: str  # of texts and tokenizer
+
+
+class TokenizedDataset(torch.utils.data.Dataset):
+    """Inputs stream[i*T : i*T+T] and, shifted by one, their targets. A last block shorter than T is left out, or with
+    pad filled up with targets of -100, which no loss counts."""
+
+    def __init__(self, stream: torch.Tensor, block_size: int, *, pad: bool = False):
+        missing = -(len(stream) - 1) % block_size if pad else 0
+        self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = self.blocks[index].long()
+        return blocks[..., :-1].clamp_min(0), blocks[..., 1:]  # each (batch, block_size)
+
+
+def step_indices(step: int, num_blocks: int, *, global_batch: int, seed: int) -> torch.Tensor:
+    """The blocks of one optimizer step, all ranks together. They depend on seed and step alone, so that any number of
+    ranks and micro batches sees the same data and a resumed run goes on in the middle of an epoch."""
+    place = torch.arange(step * global_batch, (step + 1) * global_batch)
+    epochs = range(int(place[0]) // num_blocks, int(place[-1]) // num_blocks + 1)
+    seeds = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in epochs]
+    return torch.cat([torch.randperm(num_blocks, generator=s) for s in seeds])[place - epochs[0] * num_blocks]
+
+
+def from_hub(what: str, load: Callable[[], object]) -> object:
+    """`load()` from the Hub, or from its local cache where the Hub does not answer. UserError within 15 seconds."""
+    endpoint, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), ["no answer in 8 s"]
+
+    def probe() -> None:  # for one byte of a real file: left to itself, an unreachable Hub is retried for minutes
+        url = f"{endpoint}/datasets/{HUB_DATASET}/resolve/main/wikitext-2-raw-v1/test-00000-of-00001.parquet"
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Range": "bytes=0-0"}), timeout=8).close()
+            answers.append("")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers.append(str(error))
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        (thread := threading.Thread(target=probe, daemon=True)).start()  # name resolution knows no timeout
+        thread.join(8)
+        if answers[-1]:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first used: a cached copy still loads
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return load()
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(f"cannot get {what} from {endpoint}: {answers[-1] or error}. {WAYS_OUT}") from error
+
+
+def join_rows(rows: list[str]) -> str:
+    """The Hub's rows lack the " \n" of blank lines; with it the text is the official wiki.*.raw, byte for byte."""
+    return "".join(row if row.endswith("\n") else row + " \n" for row in rows)
+
+
+def read_texts(dataset: str) -> dict[str, str]:
+    """{"train": text, "validation": text, perhaps "test": text}; never one source in place of another."""
+    if dataset == "wikitext2":
+        import datasets
+
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
+        return {split: join_rows(rows[split]["text"]) for split in ("train", "validation", "test")}
+    if dataset == "sample":
+        from pydoc_data.topics import topics  # the language reference behind Python's help()
+
+        texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+        return {"train": "\n\n".join(t for i, t in enumerate(texts) if i % 10), "validation": "\n\n".join(texts[::10])}
+    if not Path(dataset).is_dir():
+        raise UserError(f"--dataset {dataset}: no such folder; else write wikitext2 or sample")
+    texts, names = {}, sorted(path.name for path in Path(dataset).iterdir())
+    for split, stem in {"train": "train", "validation": "val", "test": "test"}.items():
+        files = [n for n in names if re.fullmatch(rf"(wiki\.)?{stem}.*\.(txt|raw|tokens|parquet)", n)]
+        if len({Path(file).suffix for file in files}) > 1:
+            raise UserError(f"{dataset} has {split} in several formats, keep one: {', '.join(files)}")
+        if not files and split != "test":
+            raise UserError(f"{dataset} has no {stem}* that ends in .txt, .raw, .tokens or .parquet, but {names[:8]}")
+        if files:
+            texts[split] = "".join(read_file(Path(dataset, file)) for file in files)
+    return texts
+
+
+def read_file(path: Path) -> str:
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return join_rows(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        if not (text := path.read_bytes().decode("utf-8")).strip():
+            raise UserError(f"{path} is empty")
+        return text
+    except (OSError, ValueError) as error:  # not UTF-8, not parquet, not readable
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def read_tokenizer(name: str) -> str:
+    """A tokenizer's JSON; for bpe:SIZE the name itself, since it is trained only where its tokens are not cached."""
+    if name.startswith("bpe:"):
+        return name
+    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    if name == "gpt2":
+        from huggingface_hub import hf_hub_download
+
+        path = Path(from_hub(f"tokenizer {HUB_TOKENIZER}", lambda: hf_hub_download(HUB_TOKENIZER, "tokenizer.json")))
+    try:
+        json.loads(text := path.read_text(encoding="utf-8"))["model"]["vocab"]
+        return text
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--tokenizer {name}: {path} is not a tokenizer.json ({error!r})") from error
+
+
+def build_tokenizer(source: str, text: str) -> tokenizers.Tokenizer:
+    """From JSON, or for bpe:SIZE a byte-level BPE like GPT-2's trained on text: it gives any text back unchanged."""
+    if not source.startswith("bpe:"):
+        return tokenizers.Tokenizer.from_str(source)
+    tokenizer, bytewise = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytewise(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    size, alphabet = int(source.removeprefix("bpe:")), bytewise.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def checksum(streams: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(streams[split].numpy().tobytes() for split in sorted(streams))).hexdigest()
+
+
+def read_tokens(path: Path) -> Corpus | None:
+    """What the cache holds, or None where it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts, streams = file.metadata(), {split: file.get_tensor(split) for split in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return Corpus(streams, **json.loads(facts["corpus"])) if facts["checksum"] == checksum(streams) else None
+
+
+def prepare_tokens(args: argparse.Namespace) -> Path:
+    """The cache file with the tokens of --dataset, named by content; written by rename, so nobody reads half a file."""
+    read = functools.partial(read_texts, args.dataset)
+    texts = from_hub(f"data set {HUB_DATASET}", read) if args.dataset == "wikitext2" else read()
+    auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
+    source = read_tokenizer(auto if args.tokenizer == "auto" else args.tokenizer)
+    digest = hashlib.sha256(json.dumps([source, texts]).encode()).hexdigest()
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "deepspeed-gptlike", f"{digest}.safetensors")
+    if read_tokens(path):
+        return path
+    log(f"tokenizing {args.dataset} into {path}")
+    tokenizer, streams, sizes = build_tokenizer(source, texts["train"]), {}, {}
+    for split, text in texts.items():
+        lines = tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
+        streams[split] = torch.tensor([token for line in lines for token in line.ids], dtype=torch.int32)
+        sizes[split] = {"bytes": len(text.encode()), "words": len(text.split())}
+    corpus = {"sizes": sizes, "tokenizer": tokenizer.to_str(), "vocab_size": tokenizer.get_vocab_size()}
+    facts = {"corpus": json.dumps(corpus | {"digest": digest}), "checksum": checksum(streams)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(streams, part := path.with_suffix(f".{os.getpid()}"), facts)
+        os.replace(part, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write the token cache {path.parent}: {error}; set XDG_CACHE_HOME") from error
+    return path
+
+
+def load_corpus(args: argparse.Namespace) -> Corpus:
+    """The same token streams on every rank: the first local rank of each host prepares them, the others wait."""
+    corpus = read_tokens(once_per_host(lambda: prepare_tokens(args)))
+    for split in ("train", "validation"):
+        if len(corpus.streams[split]) <= args.block_size:
+            raise UserError(f"--block_size {args.block_size} does not fit {split}: {len(corpus.streams[split])} tokens")
+    return corpus
+# endregion data
+
+
+# region model (owner: GPTLike-Base.py)
+class CausalSelfAttention(nn.Module):
+    """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
+
+    def __init__(self, d_model: int, n_head: int, dropout: float):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.projection = nn.Linear(d_model, d_model)
+        self.projection.is_residual = True
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, seq, d_model)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (batch, seq, 3, n_head, head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, n_head, seq, head_dim)
+        heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.dropout(self.projection(heads.transpose(1, 2).flatten(2)))  # (batch, seq, d_model)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, d_model: int, dropout: float):
+        up, down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        down.is_residual = True
+        super().__init__(up, nn.GELU(approximate="tanh"), down, nn.Dropout(dropout))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, d_model: int, n_head: int, dropout: float):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(d_model), CausalSelfAttention(d_model, n_head, dropout)
+        self.norm2, self.feed_forward = nn.LayerNorm(d_model), FeedForward(d_model, dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (batch, seq, d_model)
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits x @ weight.T over the targets that are not -100. 1,024 tokens at a time and with the
+    gradients taken at once, so that all logits never exist together. (PyTorch 2.13's own linear_cross_entropy gives the
+    loss in x's dtype: in bf16 two digits, too few for a perplexity.)"""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):  # (tokens, d_model), (vocab, d_model), (tokens,)
+        loss, grad_x, grad_weight = 0.0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for part, target, grad_part in zip(x.split(1024), targets.split(1024), grad_x.split(1024), strict=True):
+            with torch.enable_grad():
+                part, shared = part.detach().requires_grad_(), weight.detach().requires_grad_()
+                part_loss = F.cross_entropy(F.linear(part, shared).float(), target, reduction="sum")
+            loss += part_loss.detach()
+            if any(ctx.needs_input_grad):
+                grad, grad_shared = torch.autograd.grad(part_loss, (part, shared))
+                grad_part.copy_(grad)
+                grad_weight += grad_shared
+        count = (targets != -100).sum().clamp_min(1)
+        ctx.save_for_backward(grad_x / count, (grad_weight / count).to(weight.dtype))
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return *(grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors), None
+
+
+class LanguageModelHead(nn.Module):
+    """The output layer, on the embedding's weight. The loss is taken in here, since under ZeRO-3 a weight is whole only
+    while a module that owns it runs."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight  # (vocab, d_model)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        if targets is None:
+            return F.linear(x, self.weight)  # (batch, seq, vocab)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.weight, targets.flatten())  # ()
+
+
+class GPTLike(nn.Module):
+    """Pre-norm decoder-only transformer with learned positions and a tied head, initialized as GPT-2."""
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int):
+        super().__init__()
+        self.activation_checkpointing = args.activation_checkpointing
+        self.token_embedding = nn.Embedding(-(-vocab_size // 64) * 64, args.d_model)  # rows padded: faster matmuls
+        self.position_embedding = nn.Embedding(args.block_size, args.d_model)
+        self.dropout = nn.Dropout(args.dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)
+        )
+        self.final_norm = nn.LayerNorm(args.d_model)
+        self.head = LanguageModelHead(self.token_embedding.weight)
+        self.apply(self.initialize)  # apply() works under zero.Init too; a loop over parameters() would see empty ones
+
+    def initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            scale = math.sqrt(2 * len(self.blocks)) if hasattr(module, "is_residual") else 1  # 2 branches per block
+            nn.init.normal_(module.weight, std=0.02 / scale)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (batch, seq, vocab), or with targets (batch, seq) their mean loss. tokens: (batch, seq)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (batch, seq, d_model)
+        for block in self.blocks:
+            recompute = self.activation_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return self.head(self.final_norm(x), targets)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """All parameters once: matrices decay at the optimizer's rate, biases and norms never. By name, since under ZeRO-3
+    the shapes are gone."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("weight") and "norm" not in name].append(parameter)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+# endregion model
+
+
+# region training-loop (owner: GPTLike-Base.py)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+
+
+def open_output(args: argparse.Namespace, ds_config: dict) -> None:
+    """Make --output_dir. A run found there is continued, or with --overwrite deleted, never mixed with another."""
+    output = Path(args.output_dir)
+    try:
+        for old in [output / "checkpoints", output / "model", *output.glob("*.json*")] if args.overwrite else []:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if args.resume == "never" and (output / "args.json").exists():
+            raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "args.json", vars(args))
+        write_json(output / "ds_config.json", ds_config)
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {output}: {error}") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
+    """What has to be the same in a checkpoint and in the run that continues it."""
+    names = ("n_layer", "n_head", "d_model", "block_size", "seed", "precision")
+    names += ("batch_size", "gradient_accumulation_steps")
+    facts = {"ZeRO stage": args.zero_stage, "world size": world_size(), "data and tokenizer": corpus.digest[:12]}
+    return facts | {name: getattr(args, name) for name in names}
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Once a host has all files of a checkpoint: write its facts, let `latest` name it, keep the two newest."""
+    write_json(folder / "run.json", facts)
+    folder.with_name("latest.new").write_text(folder.name)
+    os.replace(folder.with_name("latest.new"), folder.with_name("latest"))
+    for old in sorted(folder.parent.glob("step*"), key=lambda path: int(path.name[4:]))[:-2]:
+        shutil.rmtree(old)
+
+
+def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
+    """Continue from --resume PATH, or with auto from the newest checkpoint in --output_dir if there is one."""
+    latest, folder = Path(args.output_dir, "checkpoints", "latest"), Path(args.resume)
+    if args.resume == "auto" and latest.exists():
+        folder = latest.with_name(latest.read_text())
+    if folder.name not in ("auto", "never"):
+        try:
+            saved = json.loads((folder / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--resume {args.resume}: {folder} is not a complete checkpoint ({error})") from error
+        for name, wanted in settings(args, corpus).items():
+            if saved["settings"].get(name) != wanted:
+                raise UserError(f"{folder} has {name} {saved['settings'].get(name)}, this run {wanted}: take the "
+                                "former, or start afresh with --overwrite or another --output_dir")
+        if saved["step"] >= args.max_steps and Path(args.output_dir, "summary.json").exists():
+            log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "
+                "would continue it, --overwrite start afresh")
+            sys.exit(0)
+        run.load(folder)
+        run.step = saved["step"]
+        log(f"resumed from {folder} at step {run.step}")
+    if rank() == 0:  # forget what was logged after the checkpoint
+        metrics = Path(args.output_dir, "metrics.jsonl")
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+
+
+def set_max_steps(args: argparse.Namespace, corpus: Corpus) -> None:
+    global_batch = args.batch_size * args.gradient_accumulation_steps * world_size()
+    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
+    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / global_batch)
+
+
+def lr_factor(step: int, args: argparse.Namespace) -> float:
+    """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+
+def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, device: torch.device) -> Iterator:
+    """This rank's (inputs, targets), each (micro batch, seq), of one optimizer step: its slice of the global batch."""
+    mine = args.batch_size * args.gradient_accumulation_steps
+    index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
+    for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
+        yield tuple(tensor.to(device) for tensor in data[part])
+
+
+@torch.no_grad()
+def evaluate(run, corpus: Corpus, split: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
+    data = TokenizedDataset(corpus.streams[split], args.block_size, pad=True)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    run.model.eval()
+    for first in range(0, len(data), args.batch_size * world_size()):
+        index = first + rank() * args.batch_size + torch.arange(args.batch_size)
+        inputs, targets = data[index.clamp_max(len(data) - 1)]
+        targets[index >= len(data)] = -100  # every rank makes every pass: ZeRO-3 would wait for an absent one
+        count = (targets != -100).sum().to(device)
+        total += torch.stack((run.model(inputs.to(device), targets.to(device)) * count, count))
+    run.model.train()
+    nats, tokens = sum_over_ranks(total).tolist()
+    return {
+        f"{split}_loss": nats / tokens,
+        f"{split}_perplexity": math.exp(nats / tokens),
+        f"{split}_word_perplexity": math.exp(min(nats / corpus.sizes[split]["words"], 700)),
+        f"{split}_bits_per_byte": nats / math.log(2) / corpus.sizes[split]["bytes"],
+    }
+
+
+def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dict[str, int]:
+    """Bytes of the floating-point tensors that live in this process, by kind and place. All that is neither parameter
+    nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
+    held, counted = {}, set()
+    rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients_and_buckets", rest)):
+        for tensor in tensors:
+            if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
+                continue
+            memory, place = tensor.untyped_storage(), f"{kind} on {tensor.device.type}"
+            if memory.data_ptr() not in counted:
+                counted.add(memory.data_ptr())
+                held[place] = held.get(place, 0) + memory.nbytes()
+    return held
+
+
+def show_ledger(run, before: dict[str, int], after: dict[str, int], args: argparse.Namespace) -> dict[str, dict]:
+    """Print and return the model states of rank 0 beside the formulas of arXiv:1910.02054, section 3.1. The optimizer
+    step makes the optimizer states and frees the gradients, so these are counted before it and the rest after."""
+    width, share, ledger = 4 if args.precision == "fp32" else 2, world_size(), {}
+    states = 8 if args.precision == "fp32" and args.zero_stage == 0 else 12  # momentum and variance, and a copy in fp32
+    held = {k: v for k, v in after.items() if k[0] != "g"} | {k: v for k, v in before.items() if k[0] == "g"}
+    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {share} ranks)")
+    for place, size in sorted(held.items(), reverse=True):
+        stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
+        formula = unit * run.num_params // (share if stage <= args.zero_stage else 1)
+        ledger[place] = {"held": size, "formula": formula}
+        log(f"  {place:29}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
+    return ledger
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """On a GPU the allocator's peak since the last call; on a CPU the process's peak since its start."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
+
+
+def show_start(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
+    script, card = Path(__file__), torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    hosts = sum_over_ranks(torch.tensor(float(local_rank() == 0), device=device)).item()
+    tokens = ", ".join(f"{split} {len(stream):,}" for split, stream in corpus.streams.items())
+    log(f"{script.name} sha256={hashlib.sha256(script.read_bytes()).hexdigest()[:16]} ZeRO stage {args.zero_stage}")
+    log(f"world size {world_size()}, hosts {hosts:.0f}, device {card}, precision {args.precision}")
+    log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {run.num_params:,} parameters")
+
+
+def record(fields: dict, args: argparse.Namespace) -> None:
+    """One object in metrics.jsonl and the same as a line on the screen."""
+    log(" ".join(f"{name}={value:{FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
+    if rank() == 0:
+        with Path(args.output_dir, "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> dict:
+    """The loop that all scripts share; `run` does what differs between them. Returns the ledger."""
+    data, ledger = TokenizedDataset(corpus.streams["train"], args.block_size), {}
+    step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
+    flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
+    bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
+    clock, clocked = time.perf_counter(), run.step
+    while run.step < args.max_steps:
+        torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
+        loss = run.forward_backward(micro_batches(data, run.step, args, device))
+        before = {} if ledger else run.held()
+        run.update()
+        ledger = ledger or show_ledger(run, before, run.held(), args)
+        run.step += 1
+        bar.update()  # shows on a terminal only
+        log_due, eval_due, save_due = (
+            run.step == args.max_steps or interval and run.step % interval == 0
+            for interval in (args.log_interval, args.eval_interval, args.save_interval)
+        )
+        if log_due:
+            loss = sum_over_ranks(loss).item() / world_size()  # the loop's only wait for the device
+            rate = step_tokens * (run.step - clocked) / (time.perf_counter() - clock)
+            line = {"step": run.step, "loss": loss, "lr": run.learning_rate(), "tokens_per_second": rate}
+            mfu = {"mfu": rate * flops / (peak * 1e12 * world_size())} if peak else {}
+            record(line | {"peak_memory_gib": peak_memory_gib(device)} | mfu, args)
+        if eval_due and run.step < args.max_steps:  # finish() makes the last one
+            record({"step": run.step} | evaluate(run, corpus, "validation", args, device), args)
+        if save_due:
+            run.save({"step": run.step, "settings": settings(args, corpus)})
+        if log_due or eval_due or save_due:
+            clock, clocked = time.perf_counter(), run.step
+    bar.close()
+    return ledger
+
+
+def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
+    """Write model/ and summary.json. All ranks call this: the last evaluation and the weights need them all."""
+    output, final = Path(args.output_dir), {}
+    for split in sorted(corpus.streams.keys() - {"train"}):
+        final |= evaluate(run, corpus, split, args, device)
+    record({"step": run.step} | final, args)
+    weights = run.full_weights()
+    if rank() > 0:
+        return
+    (output / "model").mkdir(exist_ok=True)
+    safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
+    (output / "model" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
+    rows = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
+    write_json(output / "model" / "config.json", shape | rows)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses, rates, peaks = ([line[name] for line in lines if name in line]
+                            for name in ("validation_loss", "tokens_per_second", "peak_memory_gib"))
+    facts = {"steps": run.step, "parameters": run.num_params, "best_validation_loss": min(losses), "ledger": ledger}
+    facts |= {"tokens_per_second": median(rates[1:] or rates), "peak_memory_gib": max(peaks)}
+    write_json(output / "summary.json", facts | final)
+    log(f"saved {output / 'model'} and {output / 'summary.json'}")
+# endregion training-loop
+
+
+# region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def log(message: str) -> None:
+    if rank() == 0:
+        tqdm.write(message)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def once_per_host(work: Callable[[], object]) -> object:
+    """`work()`, run by each host's first local rank while its others wait; the result on all of them. A UserError on
+    any host is raised on every rank, so that none waits for one that has gone."""
+    outcome = None, ""
+    if local_rank() == 0:
+        try:
+            outcome = work(), ""
+        except UserError as error:
+            outcome = None, f"host {socket.gethostname()}: {error}" if world_size() > 1 else str(error)
+    outcomes = [outcome] * world_size()
+    dist.all_gather_object(outcomes, outcome)
+    if failures := [failure for _, failure in outcomes if failure]:
+        raise UserError(failures[0])
+    return outcomes[rank() - local_rank()][0]
+
+
+def start_distributed(args: argparse.Namespace) -> torch.device:
+    """Join the ranks. Returns this rank's device: its GPU, or the CPU with the host's cores divided among its ranks."""
+    if "RANK" not in os.environ:  # plain `python SCRIPT.py`: one rank
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
+    refuse_dropped_devices()
+    deepspeed.utils.logger.setLevel("WARNING")
+    if torch.cuda.is_available():
+        if ranks_here > torch.cuda.device_count():
+            raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")
+        torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
+        deepspeed.init_distributed()
+        return torch.device("cuda", local_rank())
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    deepspeed.init_distributed("gloo")
+    return torch.device("cpu")
+
+
+def refuse_dropped_devices() -> None:
+    """The deepspeed launcher drops the user's CUDA_VISIBLE_DEVICES where it is also given a number of GPUs."""
+    for parent in psutil.Process().parents():
+        try:
+            counted = [word for word in parent.cmdline() if word.startswith(("--num_gpus", "--num_nodes"))]
+            wanted = parent.environ().get("CUDA_VISIBLE_DEVICES")
+        except psutil.Error:
+            return
+        if counted and wanted and wanted != os.environ.get("CUDA_VISIBLE_DEVICES"):
+            raise UserError(f"{counted[0]} makes deepspeed ignore CUDA_VISIBLE_DEVICES={wanted}: leave {counted[0]} "
+                            f"out, or unset the variable and write deepspeed --include localhost:{wanted}")
+# endregion launch
+
+
+# region ds-config (owner: DeepSpeed-GPTLike-ZeRO-1.py)
+JSON_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
+    gradient_clipping bf16 fp16 data_types torch_autocast zero_optimization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer activation_checkpointing checkpoint aio communication_data_type prescale_gradients
+    gradient_predivide_factor sparse_gradients steps_per_print wall_clock_breakdown dump_state memory_breakdown
+    flops_profiler comms_logger tensorboard wandb csv_monitor comet monitor_config compile compression_training
+    data_efficiency elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
+ADAM_KEYS = "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach".split()
+
+
+def read_json(path: str) -> dict:
+    """The settings in a file, read as DeepSpeed reads it: comments are legal."""
+    try:
+        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict)
+    except FileNotFoundError:
+        raise UserError(f"--ds_config {path}: no such file; the collection's own are in configs/") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--ds_config {path} is not JSON: {error}") from error
+    sections = ("optimizer", "scheduler", "bf16", "fp16", "zero_optimization")
+    if not isinstance(config, dict) or not config or not all(isinstance(config.get(s, {}), dict) for s in sections):
+        raise UserError(f"--ds_config {path} holds no settings: write an object with optimizer, zero_optimization, ...")
+    return config
+
+
+def unknown_keys(config: dict) -> list[str]:
+    """A problem for each key that DeepSpeed would ignore in silence, or refuse, with the key that it resembles."""
+    precision, zero = deepspeed.runtime.precision_config, deepspeed.runtime.zero.config
+    offload = deepspeed.runtime.zero.offload_config
+    adam = str(config.get("optimizer", {}).get("type")).lower() in ("adam", "adamw")
+    sections = {
+        (): dict.fromkeys(JSON_KEYS),
+        ("optimizer", "params"): dict.fromkeys(ADAM_KEYS) if adam else {},
+        ("bf16",): precision.DeepSpeedBF16Config.model_fields,
+        ("fp16",): precision.DeepSpeedFP16Config.model_fields,
+        ("zero_optimization",): zero.DeepSpeedZeroConfig.model_fields,
+        ("zero_optimization", "offload_optimizer"): offload.DeepSpeedZeroOffloadOptimizerConfig.model_fields,
+        ("zero_optimization", "offload_param"): offload.DeepSpeedZeroOffloadParamConfig.model_fields,
+    }
+    problems = []
+    for path, fields in sections.items():
+        known = [*fields, *(field.alias for field in fields.values() if field and field.alias)]
+        section = functools.reduce(lambda inner, key: inner.get(key) or {}, path, config)
+        for key in section if known else ():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
+                problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
+    return problems
+
+
+def offloads(config: dict) -> bool:
+    zero = config.get("zero_optimization", {})
+    return any((zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param"))
+
+
+def right_script(config: dict) -> str:
+    """The script that a JSON is for."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        return "GPTLike-Base.py, which takes no JSON"
+    return f"DeepSpeed-GPTLike-ZeRO-{'Offload' if offloads(config) else stage}.py"
+
+
+def take_flags(args: argparse.Namespace, config: dict) -> None:
+    """Put the flags that were given into the JSON, and the JSON's numbers into the flags that were not."""
+    found = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    params = config["optimizer"].setdefault("params", {})
+    accumulation, total = config.get("gradient_accumulation_steps", 1), config.get("train_batch_size", 0)
+    micro = max(1, total // (accumulation * world_size())) if total else 1
+    for flag, section, key, default in (
+        ("batch_size", config, "train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", config, "gradient_accumulation_steps", 1),
+        ("lr", params, "lr", 1e-3),
+        ("weight_decay", params, "weight_decay", 0.0),
+        ("precision", {"precision": found}, "precision", found),
+    ):
+        old = section.get(key, default)
+        if getattr(args, flag, old) != old:
+            log(f"--{flag} {getattr(args, flag)} replaces {old} of {args.ds_config}")
+            if section is config:
+                config.pop("train_batch_size", None)  # follows from the others
+        section[key] = getattr(args, flag, old)
+        setattr(args, flag, section[key])
+    for name in ("bf16", "fp16"):
+        config[name] = config.get(name, {}) | {"enabled": name == args.precision}
+
+
+def value_problems(args: argparse.Namespace, config: dict, device: torch.device) -> list[str]:
+    """What cannot work in this run, before DeepSpeed says so in its own words or not at all."""
+    problems, ranks = [], world_size()
+    product = args.batch_size * args.gradient_accumulation_steps * ranks
+    if config.get("train_batch_size", product) != product:
+        problems.append(f"train_batch_size {config['train_batch_size']} is not micro batch {args.batch_size} x "
+                        f"accumulation {args.gradient_accumulation_steps} x {ranks} ranks = {product}: leave it out")
+    if args.precision == "fp16" and device.type == "cpu":
+        problems.append("fp16 does not run on a CPU: use --precision bf16 or fp32")
+    if args.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        problems.append(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16 or fp32")
+    if not problems:
+        try:
+            deepspeed.DeepSpeedConfig(config)
+        except (pydantic.ValidationError, AssertionError, ValueError, TypeError, AttributeError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
+    """The settings that DeepSpeed gets. UserError with all problems of the JSON in one message."""
+    config = read_json(args.ds_config)
+    problems = unknown_keys(config) + stage_problems(config)
+    if "type" not in config.get("optimizer", {}):
+        problems.append('no optimizer: write "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}')
+    if not problems:
+        take_flags(args, config)
+        problems = value_problems(args, config, device)
+    if problems:
+        raise UserError(f"--ds_config {args.ds_config}:\n  " + "\n  ".join(problems))
+    config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
+    if not (cpp_extension.CUDA_HOME if device.type == "cuda" else shutil.which("c++")):
+        config["optimizer"]["params"]["torch_adam"] = True  # no compiler for DeepSpeed's own: the same formula
+    args.zero_stage = config["zero_optimization"]["stage"]
+    return config
+# endregion ds-config
+
+
+# region engine-run (owner: DeepSpeed-GPTLike-ZeRO-1.py)
+class EngineRun:
+    """An optimizer step, saving and loading through a DeepSpeed engine. All ranks call all of it together."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
+        self.model, self.args, self.step = engine, args, 0
+        self.num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+
+    def forward_backward(self, batches: Iterator) -> torch.Tensor:
+        """This rank's mean loss over its micro batches; the engine scales the gradients and adds them up."""
+        losses = []
+        for inputs, targets in batches:
+            if losses:
+                self.model.step()  # between two micro batches it only counts
+            loss = self.model(inputs, targets)
+            self.model.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def update(self) -> None:
+        self.model.step()
+
+    def learning_rate(self) -> float:
+        return self.model.get_lr()[0]
+
+    def held(self) -> dict[str, int]:
+        states = self.model.basic_optimizer.state  # by fp32 copy: momentum and variance
+        tensors = [*states, *(value for state in states.values() for value in state.values() if torch.is_tensor(value))]
+        parameters = list(self.model.module.parameters())
+        pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # ZeRO-3 keeps this rank's
+        return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters])
+
+    def save(self, facts: dict) -> None:
+        folder = Path(self.args.output_dir, "checkpoints")
+        self.model.save_checkpoint(str(folder), tag=f"step{self.step}", save_latest=False)
+        once_per_host(lambda: seal(folder / f"step{self.step}", facts))
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.model.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:  # DeepSpeed only warns, and would go on from fresh weights
+            raise UserError(f"host {socket.gethostname()}: {folder} has no files of rank {rank()}")
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return {name: whole(weight) for name, weight in self.model.module.named_parameters()}
+# endregion engine-run
+
+
+def stage_problems(config: dict) -> list[str]:
+    right = right_script(config)
+    return [] if right == f"DeepSpeed-GPTLike-ZeRO-{ZERO_STAGE}.py" else [f"this JSON is for {right}"]
+
+
+def whole(weight: nn.Parameter) -> torch.Tensor:
+    return weight.detach().cpu().clone()
+
+
+def build_engine(args: argparse.Namespace, vocab_size: int, ds_config: dict) -> deepspeed.DeepSpeedEngine:
+    """The model in an engine that owns optimizer, precision, clipping, accumulation and the ranks' communication."""
+    model = GPTLike(args, vocab_size)
+    warmup_and_cosine = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda s: lr_factor(s, args))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        lr_scheduler=None if "scheduler" in ds_config else warmup_and_cosine,
+        config=ds_config,
+    )
+    if args.compile:
+        engine.compile()
+    return engine
+
+
+def main() -> None:
+    parser = build_parser()
+    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
+    args = parser.parse_args()
+    check_args(parser, args)
+    device = start_distributed(args)
+    ds_config = load_ds_config(args, device)
+    corpus = load_corpus(args)
+    set_max_steps(args, corpus)
+    once_per_host(lambda: open_output(args, ds_config))
+    torch.manual_seed(args.seed)
+    run = EngineRun(build_engine(args, corpus.vocab_size, ds_config), args)
+    show_start(run, corpus, args, device)
+    resume(run, args, corpus)
+    finish(run, train(run, corpus, args, device), corpus, args, device)
+
+
+if __name__ == "__main__":
+    stop_on_user_error(main)
