@@ -282,7 +282,7 @@ def prepare_tokens(args: argparse.Namespace) -> Path:
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     source = read_tokenizer(auto if args.tokenizer == "auto" else args.tokenizer)
     digest = hashlib.sha256(json.dumps([source, texts]).encode()).hexdigest()
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "deepspeed-gptlike", f"{digest}.safetensors")
+    path = Path(os.environ.get("GPTLIKE_CACHE", Path.home() / ".cache" / "deepspeed-gptlike"), f"{digest}.safetensors")
     if read_tokens(path):
         return path
     log(f"tokenizing {args.dataset} into {path}")
@@ -298,7 +298,7 @@ def prepare_tokens(args: argparse.Namespace) -> Path:
         safetensors.torch.save_file(streams, part := path.with_suffix(f".{os.getpid()}"), facts)
         os.replace(part, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write the token cache {path.parent}: {error}; set XDG_CACHE_HOME") from error
+        raise UserError(f"cannot write the token cache {path.parent}: {error}; set GPTLIKE_CACHE") from error
     return path
 
 
@@ -547,9 +547,10 @@ def evaluate(run, corpus: Corpus, split: str, args: argparse.Namespace, device: 
 def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dict[str, int]:
     """Bytes of the floating-point tensors that live in this process, by kind and place. All that is neither parameter
     nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
-    held, counted = {}, set()
+    held, counted, _ = {}, set(), gc.collect()
     rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    for kind, tensors in (("parameters", parameters), ("optimizer_states", optimizer_states), ("gradients_and_buckets", rest)):
+    kinds = {"parameters": parameters, "optimizer_states": optimizer_states, "gradients_and_buckets": rest}
+    for kind, tensors in kinds.items():
         for tensor in tensors:
             if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
                 continue
@@ -560,16 +561,15 @@ def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dic
     return held
 
 
-def show_ledger(run, before: dict[str, int], after: dict[str, int], args: argparse.Namespace) -> dict[str, dict]:
-    """Print and return the model states of rank 0 beside the formulas of arXiv:1910.02054, section 3.1. The optimizer
-    step makes the optimizer states and frees the gradients, so these are counted before it and the rest after."""
-    width, share, ledger = 4 if args.precision == "fp32" else 2, world_size(), {}
+def show_ledger(run, args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Print and return the model states that rank 0 holds, beside the formulas of arXiv:1910.02054, section 3.1. Called
+    between a backward pass and a step other than the first: only then all three kinds are there at once."""
+    width, ranks, ledger = 4 if args.precision == "fp32" else 2, world_size(), {}
     states = 8 if args.precision == "fp32" and args.zero_stage == 0 else 12  # momentum and variance, and a copy in fp32
-    held = {k: v for k, v in after.items() if k[0] != "g"} | {k: v for k, v in before.items() if k[0] == "g"}
-    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {share} ranks)")
-    for place, size in sorted(held.items(), reverse=True):
+    log(f"model states of rank 0 in bytes: held, by the formula (P = {run.num_params:,} parameters, N = {ranks} ranks)")
+    for place, size in run.held().items():
         stage, unit = {"p": (3, width), "g": (2, width), "o": (1, states)}[place[0]]
-        formula = unit * run.num_params // (share if stage <= args.zero_stage else 1)
+        formula = unit * run.num_params // (ranks if stage <= args.zero_stage else 1)
         ledger[place] = {"held": size, "formula": formula}
         log(f"  {place:29}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
     return ledger
@@ -609,13 +609,13 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
-    clock, clocked = time.perf_counter(), run.step
+    clock, clocked, first = time.perf_counter(), run.step, run.step
     while run.step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
         loss = run.forward_backward(micro_batches(data, run.step, args, device))
-        before = {} if ledger else run.held()
+        if run.step == first + 1:
+            ledger = show_ledger(run, args)
         run.update()
-        ledger = ledger or show_ledger(run, before, run.held(), args)
         run.step += 1
         bar.update()  # shows on a terminal only
         log_due, eval_due, save_due = (
