@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Make .venv here, install the packages of a requirements file, and compile DeepSpeed's C++ ops. What is done already is
+# skipped, so that a second call takes seconds. quickstart.sh and test.sh call this.
+# Usage: scripts/setup.sh [REQUIREMENTS_FILE]          environment: PYTHON=python3
+set -euo pipefail
+die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
+
+CPU_WHEELS=https://download.pytorch.org/whl/cpu
+
+make_venv() {
+  local python=${PYTHON:-python3}
+  .venv/bin/python -m pip --version >/dev/null 2>&1 && return
+  command -v "$python" >/dev/null || die "no $python: install Python 3.11 or newer, or set PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "$("$python" -V) is too old, transformers 5 needs Python 3.11 or newer: set PYTHON=/path/to/python3.11"
+  echo "making .venv with $("$python" -V)"
+  "$python" -m venv --clear .venv || die "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
+}
+
+# Where there is no NVIDIA GPU, PyTorch's build without CUDA: 200 MB to download instead of 3 GB.
+wheel_source() {
+  nvidia-smi -L >/dev/null 2>&1 && return
+  timeout 10 .venv/bin/python -c "import urllib.request as u; u.urlopen('$CPU_WHEELS/torch/', timeout=8)" \
+    >/dev/null 2>&1 || return 0
+  printf '%s\n' --extra-index-url "$CPU_WHEELS"
+}
+
+stamp() { cksum requirements.txt "$1"; }
+
+install_packages() {
+  local file=$1 sources=()
+  if [[ "$(cat ".venv/installed-$file" 2>/dev/null)" == "$(stamp "$file")" ]]; then
+    echo "packages of $file: installed"
+    return
+  fi
+  echo "installing the packages of $file into .venv (minutes the first time)"
+  mapfile -t sources < <(wheel_source)
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${sources[@]}" -r "$file" ||
+    die "pip could not install $file: its message is above"
+  stamp "$file" > ".venv/installed-$file"
+  stamp requirements.txt > .venv/installed-requirements.txt # every other file includes this one
+}
+
+compile_ops() {
+  if ! command -v c++ >/dev/null; then
+    echo "no C++ compiler, so DeepSpeed's own Adam is not compiled: ZeRO-1, 2 and 3 take PyTorch's, which is slower," \
+      "and ZeRO-Offload does not run. On Debian and Ubuntu: apt-get install g++ python3-dev"
+    return
+  fi
+  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python scripts/compile_ops.py # on the PATH for ninja
+}
+
+main() {
+  local file=${1:-requirements.txt}
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  [[ -f "$file" && "$file" == requirements*.txt ]] || die "no such requirements file: $file" 2
+  make_venv
+  install_packages "$file"
+  compile_ops
+}
+
+main "$@"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# From a fresh machine to a green test suite: set-up, ruff, shellcheck, the scripts' shared regions, pytest.
+# Usage: scripts/test.sh [--fast|--all] [PYTEST_ARGS...]
+#   --fast  unit tests, no training runs     --all  everything     neither: all but the long drills
+#   Long options of pytest come after one of these or after --, as in: scripts/test.sh -- --lf
+set -euo pipefail
+die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
+
+part() {
+  local start=$SECONDS status=0
+  printf '+'; printf ' %q' "$@"; echo
+  "$@" || status=$?
+  printf '  %s: %s, %d s\n' "$1" "$([[ $status == 0 ]] && echo ok || echo "FAILED ($status)")" "$((SECONDS - start))"
+  return "$status"
+}
+
+main() {
+  local selection="not drill" failed=()
+  case "${1:-}" in
+    --fast) selection="not slow and not drill"; shift ;;
+    --all) selection=""; shift ;;
+    --) shift ;;
+    --*) die "unknown flag $1: write --fast, --all or --, and after it what pytest is to get" 2 ;;
+  esac
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  part bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
+  export PATH="$PWD/.venv/bin:$PATH"
+  part ruff check . || failed+=(ruff)
+  part shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
+  part python scripts/sync_regions.py || failed+=(sync_regions)
+  part pytest -m "$selection" "$@" || failed+=(pytest)
+  printf 'all parts: %d s\n' "$SECONDS"
+  [[ ${#failed[@]} == 0 ]] || die "failed: ${failed[*]}"
+}
+
+main "$@"

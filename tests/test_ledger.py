@@ -1,0 +1,54 @@
+"""The model states that a rank holds, in bf16 at two ranks, by kind: as the formulas of arXiv:1910.02054 say, and where
+DeepSpeed holds something else, exactly what."""
+
+import json
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+BUCKET = json.loads((ROOT / "configs" / "zero3.json").read_text())["zero_optimization"]["reduce_bucket_size"]
+
+
+def ledger_of(train, config) -> tuple[dict[str, int], int]:
+    ranks = {"ranks": 2, "batch_size": 4} if config else {"batch_size": 8}
+    summary = train(config, precision="bf16", dropout=0, **ranks).json("summary")
+    return {kind: row["held"] for kind, row in summary["ledger"].items()}, summary["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "states"),
+    [(None, 2, 12), ("zero1", 2, 6), ("zero2", 2, 6), ("zero3", 1, 6), ("zero_offload", 2, 6), ("zero3_offload", 1, 6),
+     ("multihosts", 2, 6)],
+)  # fmt: skip
+def test_parameters_and_optimizer_states_follow_the_formula(train, config, parameters, states):
+    held, count = ledger_of(train, config)
+    assert held["parameters on cpu"] == pytest.approx(parameters * count, rel=0.02)
+    assert held["optimizer_states on cpu"] == pytest.approx(states * count, rel=0.02)
+
+
+def test_gradients_as_deepspeed_holds_them(train):
+    """By the formula 2P, 2P, 2P/N, 2P/N. DeepSpeed keeps no more than its own part at stage 1 either; at stage 3 the
+    reduce bucket of the JSON stays allocated beside it, and the offloads add what the CPU's Adam works on."""
+    base, count = ledger_of(train, None)
+    assert base["gradients_and_buckets on cpu"] == pytest.approx(2 * count, rel=0.02)
+    largest = 1024 * 64  # parameters of the largest weight, the token embedding
+    for config, expected in (
+        ("zero1", count),
+        ("zero2", count),
+        ("zero3", count + 2 * BUCKET),
+        ("zero_offload", count + 2 * count + 2 * 2 * largest),  # fp32 copies of its gradients, two staging buffers
+        ("zero3_offload", count + 2 * count + 2 * BUCKET),
+    ):
+        held, _ = ledger_of(train, config)
+        assert held["gradients_and_buckets on cpu"] == pytest.approx(expected, rel=0.05), config
+
+
+def test_the_formula_is_printed_beside_it(train):
+    run = train("zero3", precision="bf16", dropout=0, ranks=2, batch_size=4)
+    count = run.json("summary")["parameters"]
+    assert f"P = {count:,} parameters, N = 2 ranks" in run.output
+    for kind, formula in (("parameters", "2P/N"), ("optimizer_states", "12P/N"), ("gradients_and_buckets", "2P/N")):
+        line = next(line for line in run.output.splitlines() if line.strip().startswith(f"{kind} on cpu"))
+        assert line.endswith(f"{int(formula.split('P')[0]) * count // 2:,} = {formula}")

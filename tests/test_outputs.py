@@ -1,0 +1,97 @@
+"""What a run shows and leaves behind, and that it can be continued."""
+
+import json
+import math
+import re
+
+import pytest
+from safetensors import safe_open
+
+from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
+
+LINE = re.compile(
+    r"step=(\d+) loss=(\d+\.\d{4}) lr=(\d\.\d\de-\d\d) tokens_per_second=(\d+) peak_memory_gib=(\d+\.\d\d)( mfu=\d\.\d{3})?"
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("config", [None, *ZERO])
+def test_a_run_leaves_what_the_readme_lists(train, config):
+    ranks = {"ranks": 2, "batch_size": 4} if config else {"batch_size": 8}
+    done = train(config, precision="fp32", dropout=0, **ranks)
+    first, second, third = (line for line in done.output.splitlines() if re.search(r"sha256=|world size|vocab", line))
+    assert re.search(r"^\S+\.py sha256=[0-9a-f]{16} ZeRO stage \d$", first)
+    assert second == f"world size {2 if config else 1}, hosts 1, device CPU, precision fp32"
+    assert re.fullmatch(r"sample: tokens train \d.*, validation .*, vocabulary 1,024; model: .* parameters", third)
+    lines = [match.groups() for line in done.output.splitlines() if (match := LINE.fullmatch(line))]
+    assert [int(step) for step, *_ in lines] == list(range(1, 21))
+    assert [f"{loss:.4f}" for loss in done.metrics("loss")] == [loss for _, loss, *_ in lines]
+
+    summary, model = done.json("summary"), done.folder / "model"
+    final = done.metrics("validation_loss")[-1]
+    assert summary["steps"] == 20 and summary["validation_loss"] == final == summary["best_validation_loss"]
+    assert summary["validation_perplexity"] == pytest.approx(math.exp(final))
+    assert summary["tokens_per_second"] > 0 and summary["peak_memory_gib"] > 0
+    assert done.json("args")["n_layer"] == 2 and (config is None) == (done.json("ds_config") == {})
+    if config:
+        assert done.json("ds_config")["train_micro_batch_size_per_gpu"] == 4  # the effective JSON, not the file's
+    with safe_open(model / "model.safetensors", "pt") as weights:
+        assert sum(weights.get_tensor(name).numel() for name in weights.keys()) == summary["parameters"]  # noqa: SIM118
+    assert json.loads((model / "config.json").read_text())["vocab_size"] == 1024
+    assert (model / "tokenizer.json").stat().st_size > 0
+    assert (done.folder / "checkpoints" / "latest").read_text() == "step20"
+
+
+def test_perplexities_follow_from_the_loss(train):
+    summary = train(None, precision="fp32", dropout=0, batch_size=8).json("summary")
+    module = load_script(BASE)
+    text = module.read_texts("sample")["validation"]
+    corpus = module.read_tokens(next(path for path in token_files() if path))
+    targets = len(corpus.streams["validation"]) - 1
+    nats = summary["validation_loss"] * targets
+    assert summary["validation_word_perplexity"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-6)
+    assert summary["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
+
+
+def token_files():
+    import os
+    from pathlib import Path
+
+    module = load_script(BASE)
+    for path in Path(os.environ["GPTLIKE_CACHE"]).glob("*.safetensors"):
+        if module.read_tokens(path).vocab_size == 1024:
+            yield path
+
+
+@pytest.mark.parametrize("config", [None, "zero1", "zero2", "zero3", "zero_offload"])
+def test_the_same_command_goes_on_where_it_stopped(train, tmp_path, config):
+    """Interrupted after 10 of 20 steps, in the middle of an epoch and with dropout on: bit for bit the same losses."""
+    options = TINY | {"max_steps": 20, "log_interval": 1, "precision": "fp32", "batch_size": 4, "save_interval": 10}
+    options |= {"ranks": 2, "ds_config": ROOT / "configs" / f"{config}.json"} if config else {"launcher": "python"}
+    whole = train(config, precision="fp32", save_interval=10, batch_size=4, **({"ranks": 2} if config else {}))
+    script = ZERO[config] if config else BASE
+    first = run(command(script, output_dir=tmp_path / "run", **options))
+    assert first.returncode == 0, first.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step10", "step20"]
+    (checkpoints / "latest").write_text("step10")  # as if it had been killed before the second save
+    (tmp_path / "run" / "summary.json").unlink()
+    second = run(command(script, output_dir=tmp_path / "run", **options))
+    assert second.returncode == 0, second.stderr
+    assert "at step 10" in second.stdout
+    resumed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in resumed if "loss" in line] == whole.metrics("loss")
+    third = run(command(script, output_dir=tmp_path / "run", **options))
+    assert third.returncode == 0 and "this run is finished: 20 steps" in third.stdout
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_launcher(tmp_path, script, launcher):
+    """Base: one process under each launcher; the others: two ranks, or plain python alone."""
+    ranks = 1 if script == BASE or launcher == "python" else 2
+    flags = TINY | {"max_steps": 2, "batch_size": 1, "precision": "fp32", "log_interval": 1, "output_dir": tmp_path}
+    result = run(command(script, ranks=ranks, launcher=launcher, **flags))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"world size {ranks}, " in result.stdout
+    assert result.stdout.count("step=2 loss=") == 1
