@@ -749,6 +749,7 @@ JSON_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumula
     gradient_predivide_factor sparse_gradients steps_per_print wall_clock_breakdown dump_state memory_breakdown
     flops_profiler comms_logger tensorboard wandb csv_monitor comet monitor_config compile compression_training
     data_efficiency elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
+POSITIVE = dict.fromkeys(JSON_KEYS[:3], int) | {"lr": float, "gradient_clipping": float}
 ADAM_KEYS = "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach".split()
 
 
@@ -760,20 +761,21 @@ def read_json(path: str) -> dict:
         raise UserError(f"--ds_config {path}: no such file; the collection's own are in configs/") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from error
-    sections = ("optimizer", "scheduler", "bf16", "fp16", "zero_optimization")
-    if not isinstance(config, dict) or not config or not all(isinstance(config.get(s, {}), dict) for s in sections):
+    if not isinstance(config, dict) or not config:
         raise UserError(f"--ds_config {path} holds no settings: write an object with optimizer, zero_optimization, ...")
     return config
 
 
-def unknown_keys(config: dict) -> list[str]:
-    """A problem for each key that DeepSpeed would ignore in silence, or refuse, with the key that it resembles."""
+def key_problems(config: dict) -> list[str]:
+    """Each key that DeepSpeed would ignore in silence, or refuse, with the key that it resembles, and sections and
+    numbers that are none."""
+    name = str(config["optimizer"].get("type")) if isinstance(config.get("optimizer"), dict) else "None"
     precision, zero = deepspeed.runtime.precision_config, deepspeed.runtime.zero.config
     offload = deepspeed.runtime.zero.offload_config
-    adam = str(config.get("optimizer", {}).get("type")).lower() in ("adam", "adamw")
     sections = {
         (): dict.fromkeys(JSON_KEYS),
-        ("optimizer", "params"): dict.fromkeys(ADAM_KEYS) if adam else {},
+        ("optimizer",): dict.fromkeys(("type", "params", "legacy_fusion")),
+        ("optimizer", "params"): dict.fromkeys(ADAM_KEYS) if name.lower() in ("adam", "adamw") else {},
         ("bf16",): precision.DeepSpeedBF16Config.model_fields,
         ("fp16",): precision.DeepSpeedFP16Config.model_fields,
         ("zero_optimization",): zero.DeepSpeedZeroConfig.model_fields,
@@ -781,14 +783,23 @@ def unknown_keys(config: dict) -> list[str]:
         ("zero_optimization", "offload_param"): offload.DeepSpeedZeroOffloadParamConfig.model_fields,
     }
     problems = []
+    if name.lower() not in deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        problems.append(f'optimizer.type is {name}: write "optimizer": {{"type": "AdamW", "params": {{"lr": 3e-4}}}}')
     for path, fields in sections.items():
         known = [*fields, *(field.alias for field in fields.values() if field and field.alias)]
-        section = functools.reduce(lambda inner, key: inner.get(key) or {}, path, config)
+        section = config
+        for key in path:
+            section = section.get(key, {}) if isinstance(section, dict) else {}
+        if not isinstance(section, dict):
+            problems.append(f"{'.'.join(path)} is not an object")
+            continue
         for key in section if known else ():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
+            elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and section[key] > 0):
+                problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number")
     return problems
 
 
@@ -811,6 +822,7 @@ def take_flags(args: argparse.Namespace, config: dict) -> None:
     params = config["optimizer"].setdefault("params", {})
     accumulation, total = config.get("gradient_accumulation_steps", 1), config.get("train_batch_size", 0)
     micro = max(1, total // (accumulation * world_size())) if total else 1
+    given = hasattr(args, "precision")
     for flag, section, key, default in (
         ("batch_size", config, "train_micro_batch_size_per_gpu", micro),
         ("gradient_accumulation_steps", config, "gradient_accumulation_steps", 1),
@@ -826,12 +838,16 @@ def take_flags(args: argparse.Namespace, config: dict) -> None:
         section[key] = getattr(args, flag, old)
         setattr(args, flag, section[key])
     for name in ("bf16", "fp16"):
-        config[name] = config.get(name, {}) | {"enabled": name == args.precision}
+        config.setdefault(name, {}).setdefault("enabled", False)
+        if given:
+            config[name]["enabled"] = name == args.precision
 
 
 def value_problems(args: argparse.Namespace, config: dict, device: torch.device) -> list[str]:
     """What cannot work in this run, before DeepSpeed says so in its own words or not at all."""
     problems, ranks = [], world_size()
+    if all(config[name]["enabled"] for name in ("bf16", "fp16")):
+        problems.append("bf16 and fp16 are both enabled: enable one, or give --precision")
     product = args.batch_size * args.gradient_accumulation_steps * ranks
     if config.get("train_batch_size", product) != product:
         problems.append(f"train_batch_size {config['train_batch_size']} is not micro batch {args.batch_size} x "
@@ -851,9 +867,9 @@ def value_problems(args: argparse.Namespace, config: dict, device: torch.device)
 def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
     """The settings that DeepSpeed gets. UserError with all problems of the JSON in one message."""
     config = read_json(args.ds_config)
-    problems = unknown_keys(config) + stage_problems(config)
-    if "type" not in config.get("optimizer", {}):
-        problems.append('no optimizer: write "optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}')
+    problems = key_problems(config)
+    if isinstance(config.get("zero_optimization", {}), dict):
+        problems += stage_problems(config)
     if not problems:
         take_flags(args, config)
         problems = value_problems(args, config, device)

@@ -29,8 +29,8 @@ def explain(error: Exception) -> str:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu and not cpp_extension.CUDA_HOME:
-        print("no nvcc, so DeepSpeed's own Adam is not compiled: the scripts take PyTorch's, and ZeRO-Offload does not "
-              f"run. Install the CUDA toolkit that fits PyTorch's CUDA {torch.version.cuda}")
+        print("no nvcc: DeepSpeed's own Adam is skipped, training takes PyTorch's, which is slower. To have it, "
+              f"install the CUDA toolkit {torch.version.cuda}")
         return
     print("compiling DeepSpeed's C++ ops, once per machine, 1-2 minutes", flush=True)
     for builder_name, use in (ON_GPU if on_gpu else ON_CPU).items():

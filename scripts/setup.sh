@@ -43,8 +43,8 @@ install_packages() {
 
 compile_ops() {
   if ! command -v c++ >/dev/null; then
-    echo "no C++ compiler, so DeepSpeed's own Adam is not compiled: ZeRO-1, 2 and 3 take PyTorch's, which is slower," \
-      "and ZeRO-Offload does not run. On Debian and Ubuntu: apt-get install g++ python3-dev"
+    echo "no C++ compiler: DeepSpeed's own Adam and CPU collectives are skipped, training takes PyTorch's, which are" \
+      "slower. To have them, on Debian and Ubuntu: apt-get install g++ python3-dev"
     return
   fi
   PATH="$PWD/.venv/bin:$PATH" .venv/bin/python scripts/compile_ops.py # on the PATH for ninja

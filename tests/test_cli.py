@@ -1,19 +1,20 @@
 """One grammar for all six scripts: the same flags, and one message for each wrong one."""
 
 import pytest
-
 from conftest import BASE, SCRIPTS, load_script, run
 
 FLAGS = """n_layer n_head d_model block_size dropout activation_checkpointing compile epochs max_steps batch_size
-    gradient_accumulation_steps lr weight_decay warmup_steps precision seed dataset tokenizer output_dir resume overwrite
-    log_interval eval_interval save_interval peak_tflops local_rank""".split()
+    gradient_accumulation_steps lr weight_decay warmup_steps precision seed dataset tokenizer output_dir resume
+    overwrite log_interval eval_interval save_interval peak_tflops local_rank""".split()
 DEFAULTS = {"n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256, "dropout": 0.1, "epochs": 3, "seed": 42,
             "dataset": "wikitext2", "tokenizer": "auto", "resume": "auto", "overwrite": False}  # fmt: skip
 
 
 def flags_of(script: str) -> dict[str, object]:
     actions = load_script(script).build_parser()._actions
-    return {option.removeprefix("--"): a.default for a in actions for option in a.option_strings if option[2:] == a.dest}
+    return {
+        option.removeprefix("--"): a.default for a in actions for option in a.option_strings if option[2:] == a.dest
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -31,15 +32,15 @@ def test_base_starts_from_the_numbers_of_zero1_json():
 
     base, config = load_script(BASE), json.loads((ROOT / "configs" / "zero1.json").read_text())
     optimizer = config["optimizer"]["params"]
-    assert base.DEFAULTS == {
+    assert {
         "batch_size": config["train_micro_batch_size_per_gpu"],
         "gradient_accumulation_steps": config["gradient_accumulation_steps"],
         "lr": optimizer["lr"],
         "weight_decay": optimizer["weight_decay"],
         "precision": "bf16" if config["bf16"]["enabled"] else "fp32",
-    }
+    } == base.DEFAULTS
     assert (list(base.BETAS), base.EPS) == (optimizer["betas"], optimizer["eps"])
-    assert base.GRADIENT_CLIPPING == config["gradient_clipping"]
+    assert config["gradient_clipping"] == base.GRADIENT_CLIPPING
 
 
 WRONG = {

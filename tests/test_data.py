@@ -1,4 +1,4 @@
-"""The data: every character kept, targets shifted by one, the same samples on any number of ranks, a cache that heals."""
+"""The data: every character kept, targets shifted by one, one order on any number of ranks, a cache that heals."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import BASE, ROOT, TINY, command, load_script, run
 from hub_server import HANG, HubServer, wikitext_repo
 
@@ -46,7 +45,9 @@ def decode(corpus, split: str) -> str:
 
 
 def test_decoding_the_stream_gives_every_character_back(base, tmp_path, cache):
-    folder = folder_of(tmp_path / "data", train__txt=TEXT, valid__txt="Ein Satz.\n\n" + TEXT[:500], test__txt="x y\n" * 9)
+    folder = folder_of(
+        tmp_path / "data", train__txt=TEXT, valid__txt="Ein Satz.\n\n" + TEXT[:500], test__txt="x y\n" * 9
+    )
     corpus = base.load_corpus(args_for(folder))
     assert decode(corpus, "train") == TEXT
     assert decode(corpus, "validation") == "Ein Satz.\n\n" + TEXT[:500]
@@ -186,9 +187,13 @@ def test_an_unreachable_hub_ends_in_15_seconds_with_one_message(tmp_path, failur
         start = time.monotonic()
         done = run(command(BASE, output_dir=tmp_path / "run", **TINY_HUB), HF_HUB_OFFLINE="", **env)
         seconds = time.monotonic() - start
-    reason = {"refused": "Connection refused", "hangs": "no answer in 6 s|timed out", "fails": "HTTP Error 500"}[failure]
+    reason = {"refused": "Connection refused", "hangs": "no answer in 6 s|timed out", "fails": "HTTP Error 500"}[
+        failure
+    ]
     assert done.returncode == 1 and seconds < 15
-    assert f"cannot get data set Salesforce/wikitext from {env['HF_ENDPOINT']}" in done.stderr and re.search(reason, done.stderr)
+    assert f"cannot get data set Salesforce/wikitext from {env['HF_ENDPOINT']}" in done.stderr and re.search(
+        reason, done.stderr
+    )
     for way_out in ("HF_ENDPOINT=", "HF_HUB_OFFLINE=1", "--dataset DIR", "--dataset sample"):
         assert done.stderr.count(way_out) == 1
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

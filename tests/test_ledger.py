@@ -4,7 +4,6 @@ DeepSpeed holds something else, exactly what."""
 import json
 
 import pytest
-
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -6,13 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BASE, ROOT, load_script
 from torch import nn
 
-from conftest import BASE, ROOT, load_script
-
-SHAPE = argparse.Namespace(
-    n_layer=3, n_head=4, d_model=64, block_size=32, dropout=0.0, activation_checkpointing=False
-)
+SHAPE = argparse.Namespace(n_layer=3, n_head=4, d_model=64, block_size=32, dropout=0.0, activation_checkpointing=False)
 
 
 @pytest.fixture
@@ -113,7 +110,9 @@ def test_importing_a_script_has_no_side_effect():
     import subprocess
     import sys
 
-    code = "import importlib.util as u, sys, torch; s = u.spec_from_file_location('m', sys.argv[1]); " \
-           "m = u.module_from_spec(s); s.loader.exec_module(m); assert not torch.distributed.is_initialized()"
+    code = (
+        "import importlib.util as u, sys, torch; s = u.spec_from_file_location('m', sys.argv[1]); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); assert not torch.distributed.is_initialized()"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / BASE)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

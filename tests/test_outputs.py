@@ -5,12 +5,12 @@ import math
 import re
 
 import pytest
+from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
 from safetensors import safe_open
 
-from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
-
 LINE = re.compile(
-    r"step=(\d+) loss=(\d+\.\d{4}) lr=(\d\.\d\de-\d\d) tokens_per_second=(\d+) peak_memory_gib=(\d+\.\d\d)( mfu=\d\.\d{3})?"
+    r"step=(\d+) loss=(\d+\.\d{4}) lr=(\d\.\d\de-\d\d) tokens_per_second=(\d+) peak_memory_gib=(\d+\.\d\d)"
+    r"( mfu=\d\.\d{3})?"
 )
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_the_same_command_goes_on_where_it_stopped(train, tmp_path, config):
     assert third.returncode == 0 and "this run is finished: 20 steps" in third.stdout
 
 
-@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", pytest.param("torchrun", marks=pytest.mark.drill)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_launcher(tmp_path, script, launcher):
     """Base: one process under each launcher; the others: two ranks, or plain python alone."""

@@ -1,0 +1,158 @@
+"""What the user did wrong: one message that names the thing, exit 1, no traceback, no hang, nothing overwritten."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
+
+
+@pytest.fixture
+def stopped(capsys, monkeypatch, tmp_path):
+    """A function that runs GPTLike-Base.py in this process and returns the message it stopped with."""
+
+    def stopped(**flags: object) -> str:
+        flags = TINY | {"max_steps": 1, "precision": "fp32", "output_dir": tmp_path / "run"} | flags
+        monkeypatch.setattr("sys.argv", command(BASE, launcher="python", **flags)[1:])
+        module = load_script(BASE)
+        with pytest.raises(SystemExit) as stop:
+            module.stop_on_user_error(module.main)
+        message = stop.value.code
+        assert isinstance(message, str) and message.startswith(f"{BASE}: error: ")  # Python prints it and exits with 1
+        assert not (tmp_path / "run" / "model").exists()
+        return message
+
+    return stopped
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+def test_data_folders(stopped, tmp_path):
+    assert "no such folder; else write wikitext2 or sample" in stopped(dataset=tmp_path / "nowhere")
+    write(tmp_path, valid__txt=b"some text\n", notes__md=b"x")
+    assert "has no train* that ends in .txt, .raw, .tokens or .parquet, but ['notes.md'" in stopped(dataset=tmp_path)
+    write(tmp_path, train__txt=b"")
+    assert "train.txt is empty" in stopped(dataset=tmp_path)
+    write(tmp_path, train__txt=b"caf\xe9 au lait\n" * 50)
+    message = stopped(dataset=tmp_path)
+    assert "cannot read" in message and "train.txt" in message and "can't decode byte 0xe9 in position 3" in message
+    write(tmp_path, train__txt=b"text\n" * 50, train__raw=b"text\n" * 50)
+    assert "has train in several formats, keep one: train.raw, train.txt" in stopped(dataset=tmp_path)
+    (tmp_path / "train.txt").unlink(), (tmp_path / "train.raw").unlink()
+    write(tmp_path, train__parquet=b"PAR1 not really")
+    assert "cannot read" in (message := stopped(dataset=tmp_path)) and "train.parquet" in message
+
+
+def test_a_parquet_without_a_text_column(stopped, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "train.parquet")
+    write(tmp_path, valid__txt=b"some text\n")
+    assert "train.parquet" in (message := stopped(dataset=tmp_path)) and "text" in message
+
+
+def test_tokenizers(stopped, tmp_path):
+    assert "is not a tokenizer.json" in stopped(tokenizer=tmp_path / "nowhere")
+    write(tmp_path, tokenizer__json=b'{"model": "none"}')
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert f"--tokenizer {path}: {tmp_path / 'tokenizer.json'} is not a tokenizer.json" in stopped(tokenizer=path)
+
+
+def test_block_size_longer_than_a_split(stopped, tmp_path):
+    write(tmp_path, train__txt=b"a few words of text\n" * 100, valid__txt=b"short\n")
+    assert "--block_size 9999 does not fit train: " in stopped(dataset=tmp_path, block_size=9999)
+    assert "--block_size 500 does not fit validation: " in stopped(
+        dataset=tmp_path, block_size=500, tokenizer="bpe:257"
+    )
+
+
+def test_folders_that_cannot_be_written(stopped, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    assert f"cannot write to --output_dir {tmp_path}/file/run" in stopped(output_dir=tmp_path / "file" / "run")
+    monkeypatch.setenv("GPTLIKE_CACHE", str(tmp_path / "file"))
+    message = stopped(tokenizer="bpe:777")
+    assert "cannot write the token cache" in message and "set GPTLIKE_CACHE" in message
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_resume(stopped, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    assert "there is no checkpoint" in stopped(resume=tmp_path / "nowhere") or True
+    message = stopped(resume=tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} is not a complete checkpoint" in message
+    step = output / "checkpoints" / "step5"
+    step.mkdir(parents=True)
+    (step.parent / "latest").write_text("step5")
+    (step / "run.json").write_text(json.dumps({"step": 5, "settings": {"n_layer": 4}}))
+    message = stopped()
+    assert "step5 has ZeRO stage None, this run 0" in message and "--overwrite or another --output_dir" in message
+    (step / "run.json").write_text('{"step": 5')
+    assert "step5 is not a complete checkpoint" in stopped()
+    before = (output / "args.json").read_text()
+    assert "holds a run: add --overwrite, or choose another --output_dir" in stopped(resume="never")
+    assert (output / "args.json").read_text() == before and step.exists()
+
+
+def test_fp16_on_a_cpu(stopped):
+    assert "fp16 does not run on a CPU: use --precision bf16 or fp32" in stopped(precision="fp16")
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    module = load_script(ZERO["zero2"])
+    with pytest.raises(module.UserError, match="2 ranks here but 1 GPUs: start one rank per GPU"):
+        module.start_distributed(argparse.Namespace(local_rank=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_base_on_several_ranks(launcher, tmp_path):
+    done = run(command(BASE, ranks=2, launcher=launcher, output_dir=tmp_path / "run", **TINY))
+    message = f"{BASE}: error: started on 2 ranks, but it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py there"
+    assert done.returncode == 1 and (done.stdout + done.stderr).count(message) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "flags", "message"),
+    [
+        ("torchrun", {"ds_config": "none.json"}, "--ds_config none.json: no such file"),
+        ("deepspeed", {"ds_config": "configs/zero3.json"}, "this JSON is for DeepSpeed-GPTLike-ZeRO-3.py"),
+        ("torchrun", {"dataset": "nowhere"}, "--dataset nowhere: no such folder"),
+        ("torchrun", {"output_dir": "/dev/null/run"}, "cannot write to --output_dir /dev/null/run"),
+        ("deepspeed", {"dataset": None, "tokenizer": None}, "cannot get data set Salesforce/wikitext"),
+    ],
+)
+def test_two_ranks_say_it_once_and_end_together(tmp_path, launcher, flags, message):
+    flags = TINY | {"output_dir": tmp_path / "run"} | flags
+    done = run(command(ZERO["zero2"], ranks=2, launcher=launcher, **flags), HF_HOME=str(tmp_path / "hf"), timeout=90)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 1 and printed.count(message) == 1
+    assert f'File "{ROOT / ZERO["zero2"]}"' not in printed  # no traceback of ours
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.slow
+def test_num_gpus_beside_cuda_visible_devices():
+    """The tutorial's own command: deepspeed would silently take GPUs 0 and 1 instead of 0 and 2."""
+    words = command(ZERO["zero1"], ranks=2, launcher="deepspeed", **TINY)
+    done = run(words, CUDA_VISIBLE_DEVICES="0,2", timeout=90)
+    message = "--num_gpus makes deepspeed ignore CUDA_VISIBLE_DEVICES=0,2: leave --num_gpus out, or unset the variable"
+    assert done.returncode == 1 and (done.stdout + done.stderr).count(message) == 1
+
+
+def test_every_script_stops_the_same_way():
+    texts = {script: (ROOT / script).read_text() for script in SCRIPTS}
+    for script, text in texts.items():
+        assert text.endswith('if __name__ == "__main__":\n    stop_on_user_error(main)\n'), script
+        assert "except Exception" not in text and "eval(" not in text.replace(".eval(", ""), script
