@@ -370,12 +370,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_part.copy_(grad)
                 grad_weight += grad_shared
         count = (targets != -100).sum().clamp_min(1)
-        ctx.save_for_backward(grad_x / count, (grad_weight / count).to(weight.dtype))
+        ctx.save_for_backward(grad_x, grad_weight, count)
         return loss / count
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *(grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors), None
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grad_loss / count  # only here: fp16 could not hold gradients divided by count before they are scaled
+        return grad_x * scale.to(grad_x.dtype), (grad_weight * scale).to(grad_x.dtype), None
 
 
 class LanguageModelHead(nn.Module):
@@ -551,7 +553,7 @@ def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dic
     """Bytes of the floating-point tensors that live in this process, by kind and place. All that is neither parameter
     nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted, _ = {}, set(), gc.collect()
-    rest = gradients + [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    rest = gradients + [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     kinds = {"parameters": parameters, "optimizer_states": optimizer_states, "gradients_and_buckets": rest}
     for kind, tensors in kinds.items():
         for tensor in tensors:
@@ -716,6 +718,8 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
     refuse_dropped_devices()
     deepspeed.utils.logger.setLevel("WARNING")
+    if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
+        log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
     if torch.cuda.is_available():
         if ranks_here > torch.cuda.device_count():
             raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")

@@ -151,6 +151,7 @@ def export(source: Path, target: Path) -> None:
     if target.exists() and target.resolve() == source.resolve():
         raise ValueError(f"{target} is the model itself: choose another OUT_DIR")
     shape, weights, tokenizer = read_model(source)
+    original = original_model(shape, weights)
     end_of_text = tokenizer.token_to_id("<|endoftext|>")
     special = {} if end_of_text is None else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     gpt2_model(shape, weights, end_of_text).save_pretrained(target)
@@ -160,7 +161,7 @@ def export(source: Path, target: Path) -> None:
     wrapped.save_pretrained(target)
 
     exported = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    difference = largest_difference(original_model(shape, weights), exported, shape)
+    difference = largest_difference(original, exported, shape)
     if not difference <= TOLERANCE:
         raise ValueError(f"{target} is wrong: its logits differ from the model's by {difference:.2e}")
     wanted, found = tokenizer.encode(SENTENCE, add_special_tokens=False).ids, AutoTokenizer.from_pretrained(target)

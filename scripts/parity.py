@@ -49,9 +49,10 @@ def command(script: str, precision: str, output: Path) -> list[str]:
 def train(script: str, precision: str, output: Path) -> tuple[list[float], dict]:
     """The losses of every step, and the run's summary. Exits with the run's own output if it fails."""
     print(f"{script} ...", end=" ", file=sys.stderr, flush=True)
-    start, hidden = time.perf_counter(), {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    words = command(script, precision, output)
-    done = subprocess.run(words, cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True, check=False)
+    start, words = time.perf_counter(), command(script, precision, output)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # this Python's ninja: another one compiles ops anew
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -9,11 +9,10 @@ die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 DRY_RUN=false
 RUN=runs/quickstart
 
-part() {
-  printf '\n== %s (after %d s)\n+' "$1" "$SECONDS"
-  shift
-  printf ' %q' "$@"
-  echo
+title() { printf '\n== %s (after %d s)\n' "$1" "$SECONDS"; }
+
+run() {
+  printf '+'; printf ' %q' "$@"; echo
   "$DRY_RUN" || "$@"
 }
 
@@ -21,7 +20,6 @@ part() {
 hub_answers() {
   local url=${HF_ENDPOINT:-https://huggingface.co}/datasets/Salesforce/wikitext/resolve/main
   url+=/wikitext-2-raw-v1/test-00000-of-00001.parquet
-  [[ "${HF_HUB_OFFLINE:-0}" == [01] ]] || return 0
   [[ "${HF_HUB_OFFLINE:-0}" == 0 ]] || return 0
   URL=$url timeout 10 "${PYTHON:-python3}" -c 'import os, urllib.request as u
 u.urlopen(u.Request(os.environ["URL"], headers={"Range": "bytes=0-0"}), timeout=8).close()' 2>/dev/null
@@ -32,15 +30,17 @@ main() {
   if [[ "${1:-}" == --dry_run ]]; then DRY_RUN=true; shift; fi
   for word in "$@"; do
     case "$word" in
-      --output_dir* | --resume*) die "${word%%=*} is not for the quick start, which starts afresh in $RUN each time" 2 ;;
+      --output_dir* | --resume*) die "${word%%=*} does not go here: the quick start begins afresh in $RUN each time" 2 ;;
       --dataset*) dataset=given ;;
     esac
   done
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-  part "set-up" bash scripts/setup.sh requirements.txt
+  title "set-up"
+  run bash scripts/setup.sh requirements.txt
   export PATH="$PWD/.venv/bin:$PATH"
-  echo
+
+  title "training"
   if [[ -n "$dataset" ]]; then
     echo "data: as --dataset says"
   elif hub_answers; then
@@ -55,8 +55,8 @@ main() {
     flags+=(--max_steps 1000)
   else
     echo "device: no NVIDIA GPU, so two CPU ranks and a small model"
-    flags+=(--n_layer 4 --n_head 4 --d_model 192 --block_size 128 --dropout 0 --tokenizer bpe:8192)
-    flags+=(--lr 2e-3 --max_steps 400 --eval_interval 200 --save_interval 0)
+    flags+=(--n_layer 4 --n_head 4 --d_model 128 --block_size 128 --batch_size 4 --dropout 0)
+    flags+=(--tokenizer bpe:4096 --lr 3e-3 --max_steps 500 --eval_interval 100 --save_interval 0)
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
       echo "precision: bf16, for which this CPU has instructions"
       flags+=(--precision bf16)
@@ -66,11 +66,15 @@ main() {
     fi
   fi
 
-  local launch=(bash scripts/run_local.sh)
-  part "training" "${launch[@]}" DeepSpeed-GPTLike-ZeRO-2.py "${flags[@]}" "$@"
-  part "plot" python scripts/compare_runs.py "$RUN" --output "$RUN"
-  part "export" python scripts/export_hf.py "$RUN" "$RUN/gpt2"
-  part "a sample of its text" python scripts/generate.py "$RUN/gpt2" --prompt "The first"
+  local launch=(bash scripts/run_local.sh) # prints its command itself
+  if "$DRY_RUN"; then launch+=(--dry_run); fi
+  "${launch[@]}" DeepSpeed-GPTLike-ZeRO-2.py "${flags[@]}" "$@"
+
+  title "plot"
+  run python scripts/compare_runs.py "$RUN" --output "$RUN"
+  title "export to transformers, and a sample of text"
+  run python scripts/export_hf.py "$RUN" "$RUN/gpt2"
+  run python scripts/generate.py "$RUN/gpt2" --prompt "The first"
   printf '\n== done in %d s: %s/loss.png, %s/model (weights), %s/gpt2 (the same for transformers)\n' \
     "$SECONDS" "$RUN" "$RUN" "$RUN"
 }
