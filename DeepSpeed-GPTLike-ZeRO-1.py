@@ -717,6 +717,7 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
     refuse_dropped_devices()
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
     deepspeed.utils.logger.setLevel("WARNING")
     if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
         log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
@@ -728,6 +729,8 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
         return torch.device("cuda", local_rank())
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     return torch.device("cpu")
 
@@ -880,8 +883,11 @@ def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
     if problems:
         raise UserError(f"--ds_config {args.ds_config}:\n  " + "\n  ".join(problems))
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
-    if not (cpp_extension.CUDA_HOME if device.type == "cuda" else shutil.which("c++")):
-        config["optimizer"]["params"]["torch_adam"] = True  # no compiler for DeepSpeed's own: the same formula
+    on_host = offloads(config) and shutil.which("c++")  # DeepSpeedCPUAdam, compiled where it is first used
+    if not on_host and not (device.type == "cuda" and cpp_extension.CUDA_HOME):
+        # PyTorch's Adam, the same formula: FusedAdam needs nvcc, and its CPU build resumes a last digit off.
+        if config["optimizer"]["type"].lower() in ("adam", "adamw"):
+            config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     args.zero_stage = config["zero_optimization"]["stage"]
     return config
 # endregion ds-config

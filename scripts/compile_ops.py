@@ -10,12 +10,13 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-ON_CPU = {"ShareMemCommBuilder": "collectives", "FusedAdamBuilder": "AdamW", "CPUAdamBuilder": "AdamW of ZeRO-Offload"}
+ON_CPU = {"ShareMemCommBuilder": "collectives", "CPUAdamBuilder": "AdamW of ZeRO-Offload"}
 ON_GPU = {"FusedAdamBuilder": "AdamW", "CPUAdamBuilder": "AdamW of ZeRO-Offload"}
 FIRST_ERROR = re.compile(r"^.*\b(?:fatal )?error:.*$", re.MULTILINE)
 
@@ -26,17 +27,25 @@ def explain(error: Exception) -> str:
     return found[0].strip() if found else (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def announce_wait(lock: Path) -> None:
+    """PyTorch waits, in silence and for ever, for whoever made the lock: perhaps a process that was killed."""
+    if lock.exists():
+        print(f"  waiting for another process that compiles. If there is none, delete {lock}", flush=True)
+
+
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu and not cpp_extension.CUDA_HOME:
         print("no nvcc: DeepSpeed's own Adam is skipped, training takes PyTorch's, which is slower. To have it, "
               f"install the CUDA toolkit {torch.version.cuda}")
         return
-    print("compiling DeepSpeed's C++ ops, once per machine, 1-2 minutes", flush=True)
+    print("DeepSpeed's C++ ops, compiled once per machine in 1-2 minutes:", flush=True)
     for builder_name, use in (ON_GPU if on_gpu else ON_CPU).items():
         op, start = builder_name.removesuffix("Builder"), time.perf_counter()
         try:
-            get_accelerator().create_op_builder(builder_name).load(verbose=False)
+            builder = get_accelerator().create_op_builder(builder_name)
+            announce_wait(Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock"))
+            builder.load(verbose=False)
         except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"compile_ops.py: error: DeepSpeed's {op} ({use}) does not build: {explain(error)}\n"
                      "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install g++ python3-dev")

@@ -26,7 +26,7 @@ u.urlopen(u.Request(os.environ["URL"], headers={"Range": "bytes=0-0"}), timeout=
 }
 
 main() {
-  local flags=(--output_dir "$RUN" --overwrite) dataset="" word
+  local flags=(--output_dir "$RUN" --overwrite) dataset="" steps=1000 word
   if [[ "${1:-}" == --dry_run ]]; then DRY_RUN=true; shift; fi
   for word in "$@"; do
     case "$word" in
@@ -49,14 +49,16 @@ main() {
     echo "data: NOT WikiText-2, since ${HF_ENDPOINT:-the Hugging Face Hub} does not answer, but the small built-in SAMPLE of"
     echo "      Python's documentation. Its losses compare with no other. See --dataset and HF_ENDPOINT in the README."
     flags+=(--dataset sample)
+    steps=300
   fi
   if nvidia-smi -L >/dev/null 2>&1; then
-    echo "device: $(nvidia-smi -L | wc -l) GPU(s); the scripts' own model size"
-    flags+=(--max_steps 1000)
+    echo "device: NVIDIA GPU, with the scripts' own model size"
+    flags+=(--max_steps "$steps")
   else
     echo "device: no NVIDIA GPU, so two CPU ranks and a small model"
-    flags+=(--n_layer 4 --n_head 6 --d_model 192 --block_size 128 --batch_size 4 --dropout 0)
-    flags+=(--tokenizer bpe:4096 --lr 3e-3 --max_steps 550 --eval_interval 100 --save_interval 0)
+    export DS_ACCELERATOR=cpu # what DeepSpeed would find by itself, with a warning from each process
+    flags+=(--n_layer 4 --n_head 4 --d_model 128 --block_size 128 --batch_size 4 --dropout 0)
+    flags+=(--tokenizer bpe:4096 --lr 3e-3 --max_steps 750 --eval_interval 250 --save_interval 0)
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
       echo "precision: bf16, for which this CPU has instructions"
       flags+=(--precision bf16)
@@ -74,7 +76,7 @@ main() {
   run python scripts/compare_runs.py "$RUN" --output "$RUN"
   title "export to transformers, and a sample of text"
   run python scripts/export_hf.py "$RUN" "$RUN/gpt2"
-  run python scripts/generate.py "$RUN/gpt2" --prompt "The first"
+  run python scripts/generate.py "$RUN/gpt2" --prompt "If the" --temperature 0.5 --top_k 20
   printf '\n== done in %d s: %s/loss.png, %s/model (weights), %s/gpt2 (the same for transformers)\n' \
     "$SECONDS" "$RUN" "$RUN" "$RUN"
 }

@@ -5,8 +5,6 @@
 set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 
-CPU_WHEELS=https://download.pytorch.org/whl/cpu
-
 make_venv() {
   local python=${PYTHON:-python3}
   .venv/bin/python -m pip --version >/dev/null 2>&1 && return
@@ -17,25 +15,16 @@ make_venv() {
   "$python" -m venv --clear .venv || die "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
 }
 
-# Where there is no NVIDIA GPU, PyTorch's build without CUDA: 200 MB to download instead of 3 GB.
-wheel_source() {
-  nvidia-smi -L >/dev/null 2>&1 && return
-  timeout 10 .venv/bin/python -c "import urllib.request as u; u.urlopen('$CPU_WHEELS/torch/', timeout=8)" \
-    >/dev/null 2>&1 || return 0
-  printf '%s\n' --extra-index-url "$CPU_WHEELS"
-}
-
 stamp() { cksum requirements.txt "$1"; }
 
 install_packages() {
-  local file=$1 sources=()
+  local file=$1
   if [[ "$(cat ".venv/installed-$file" 2>/dev/null)" == "$(stamp "$file")" ]]; then
     echo "packages of $file: installed"
     return
   fi
   echo "installing the packages of $file into .venv (minutes the first time)"
-  mapfile -t sources < <(wheel_source)
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${sources[@]}" -r "$file" ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" ||
     die "pip could not install $file: its message is above"
   stamp "$file" > ".venv/installed-$file"
   stamp requirements.txt > .venv/installed-requirements.txt # every other file includes this one

@@ -7,10 +7,11 @@ set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 
 part() {
-  local start=$SECONDS status=0
+  local name=$1 start=$SECONDS status=0
+  shift
   printf '+'; printf ' %q' "$@"; echo
   "$@" || status=$?
-  printf '  %s: %s, %d s\n' "$1" "$([[ $status == 0 ]] && echo ok || echo "FAILED ($status)")" "$((SECONDS - start))"
+  printf '  %s: %s, %d s\n' "$name" "$([[ $status == 0 ]] && echo ok || echo "FAILED ($status)")" "$((SECONDS - start))"
   return "$status"
 }
 
@@ -23,12 +24,12 @@ main() {
     --*) die "unknown flag $1: write --fast, --all or --, and after it what pytest is to get" 2 ;;
   esac
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
-  part bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
+  part set-up bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
   export PATH="$PWD/.venv/bin:$PATH"
-  part ruff check . || failed+=(ruff)
-  part shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
-  part python scripts/sync_regions.py || failed+=(sync_regions)
-  part pytest -m "$selection" "$@" || failed+=(pytest)
+  part ruff ruff check . || failed+=(ruff)
+  part shellcheck shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
+  part regions python scripts/sync_regions.py || failed+=(regions)
+  part pytest pytest -m "$selection" "$@" || failed+=(pytest)
   printf 'all parts: %d s\n' "$SECONDS"
   [[ ${#failed[@]} == 0 ]] || die "failed: ${failed[*]}"
 }

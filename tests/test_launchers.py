@@ -1,13 +1,16 @@
 """The shell scripts: clean for shellcheck, and what they would run, refuse and answer, without running it."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import BIN, ROOT, free_port
+from hub_server import HANG, HubServer, wikitext_repo
 
 SHELL = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 ZERO2 = "DeepSpeed-GPTLike-ZeRO-2.py"
@@ -145,7 +148,24 @@ def test_quickstart_prints_its_commands(machine):
     assert training.endswith(" --epochs 1")
     assert plot == "+ python scripts/compare_runs.py runs/quickstart --output runs/quickstart"
     assert export == "+ python scripts/export_hf.py runs/quickstart runs/quickstart/gpt2"
-    assert text == "+ python scripts/generate.py runs/quickstart/gpt2 --prompt The\\ first"
+    assert text == "+ python scripts/generate.py runs/quickstart/gpt2 --prompt If\\ the --temperature 0.5 --top_k 20"
+
+
+def test_quickstart_asks_the_hub_for_wikitext(machine):
+    repo = wikitext_repo({split: ["A line ."] for split in ("train", "validation", "test")})
+    with HubServer(datasets={"Salesforce/wikitext": repo}) as hub:
+        result = machine("quickstart.sh", "--dry_run", HF_ENDPOINT=hub.url)
+    assert f"data: WikiText-2 from {hub.url}\n" in result.stdout
+    assert "--dataset" not in commands(result.stdout)[1]
+
+
+@pytest.mark.slow
+def test_quickstart_does_not_wait_for_a_silent_hub(machine):
+    with HubServer(fail={".": HANG}) as hub:
+        start = time.monotonic()
+        result = machine("quickstart.sh", "--dry_run", HF_ENDPOINT=hub.url)
+        assert time.monotonic() - start < 11
+    assert f"NOT WikiText-2, since {hub.url} does not answer" in result.stdout
 
 
 def test_quickstart_takes_the_whole_machine(machine):
@@ -165,3 +185,36 @@ def test_quickstart_never_deletes_another_run(machine, flag):
     given = flag.split("=")[0]
     message = "does not go here: the quick start begins afresh in runs/quickstart each time"
     assert result.stderr == f"quickstart.sh: {given} {message}\n"
+
+
+@pytest.mark.slow
+def test_a_forgotten_lock_is_named(tmp_path):
+    """Left by a compilation that was killed, it would let every later one wait for ever."""
+    command = [sys.executable, ROOT / "scripts" / "compile_ops.py"]
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("deepspeed_shm_comm", "fused_adam"):  # the first op without and with a GPU
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if "waiting" in line)
+        process.kill()
+    assert line.startswith("  waiting for another process that compiles. If there is none, delete ")
+    assert Path(line.split("delete ")[1].strip()).exists()
+
+
+@pytest.mark.drill
+def test_quickstart_trains(tmp_path):
+    """The whole command on the offline sample, at the size it has without a GPU; it takes minutes."""
+    folder = ROOT / "runs" / "quickstart"
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "quickstart.sh"), "--dataset", "sample"],
+                          capture_output=True, text=True, timeout=900, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0] - 2
+    for name in ("validation_perplexity=", "validation_word_perplexity=", "validation_bits_per_byte="):
+        assert name in done.stdout
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "model" / "model.safetensors").stat().st_size > 1_000_000
+    text = done.stdout.split("scripts/generate.py")[1].split("== done")[0]
+    assert "If the" in text and len(text.split()) > 20
