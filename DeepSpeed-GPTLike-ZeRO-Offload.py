@@ -884,10 +884,10 @@ def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
         raise UserError(f"--ds_config {args.ds_config}:\n  " + "\n  ".join(problems))
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
     on_host = offloads(config) and shutil.which("c++")  # DeepSpeedCPUAdam, compiled where it is first used
-    if not on_host and not (device.type == "cuda" and cpp_extension.CUDA_HOME):
+    on_gpu = device.type == "cuda" and cpp_extension.CUDA_HOME
+    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not (on_host or on_gpu):
         # PyTorch's Adam, the same formula: FusedAdam needs nvcc, and its CPU build resumes a last digit off.
-        if config["optimizer"]["type"].lower() in ("adam", "adamw"):
-            config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     args.zero_stage = config["zero_optimization"]["stage"]
     return config
 # endregion ds-config
