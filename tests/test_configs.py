@@ -3,7 +3,6 @@ what the scripts say of a JSON that is wrong."""
 
 import argparse
 import json
-import sys
 
 import pytest
 import torch
@@ -189,8 +188,15 @@ print("STEPS", result.global_step, "LOSS", round(result.training_loss, 3))
 """
 
 
+# DeepSpeed's NVMe op takes minutes to compile where libaio is there.
+NVME_MARKS = [pytest.mark.drill, pytest.mark.timeout(900)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=NVME_MARKS if path.stem == "zero_infinity" else [], id=path.stem) for path in CONFIGS],
+)
 def test_transformers_trainer_takes_the_file_as_it_is(tmp_path, path):
     if path.stem == "zero_infinity":
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -200,10 +206,6 @@ def test_transformers_trainer_takes_the_file_as_it_is(tmp_path, path):
             pytest.skip("NVMe offload needs libaio: apt-get install libaio-dev")
     (tmp_path / "trainer.py").write_text(TRAINER)
     launch = [str(BIN / "torchrun"), "--nproc_per_node", "1", "--master_port", str(free_port())]
-    done = run([*launch, "trainer.py", str(path), str(tmp_path / "out")], cwd=tmp_path)
+    done = run([*launch, "trainer.py", str(path), str(tmp_path / "out")], cwd=tmp_path, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "STEPS 3 LOSS" in done.stdout
-
-
-def test_python_has_no_other_json_reader():
-    assert sys.modules["hjson"]  # DeepSpeed's own, so that a comment in a JSON is read alike

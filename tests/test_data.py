@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
 import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT, TINY, command, load_script, run
+from conftest import BASE, TINY, command, load_script, run
 from hub_server import HANG, HubServer, wikitext_repo
 
 TEXT = "= Köpenick =\r\n\r\nA tab\there, a blank line above, an emoji 🐧 and trailing spaces   \n" * 40
@@ -197,8 +196,3 @@ def test_an_unreachable_hub_ends_in_15_seconds_with_one_message(tmp_path, failur
     for way_out in ("HF_ENDPOINT=", "HF_HUB_OFFLINE=1", "--dataset DIR", "--dataset sample"):
         assert done.stderr.count(way_out) == 1
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_the_scripts_read_nothing_but_their_own_cache_variable(base):
-    assert "GPTLIKE_CACHE" in os.environ  # set for the whole session by conftest
-    assert (ROOT / BASE).read_text().count("GPTLIKE_CACHE") == 2
