@@ -65,6 +65,9 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}" if rank() == 0 else 1)
+    finally:
+        if torch.distributed.is_initialized():  # or its threads may abort a process that exits
+            torch.distributed.destroy_process_group()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -980,7 +983,6 @@ def main() -> None:
     resume(run, args, corpus)
     finish(run, train(run, corpus, args, device), corpus, args, device)
     dist.barrier()  # rank 0 may still be writing
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

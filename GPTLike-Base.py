@@ -54,6 +54,9 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}" if rank() == 0 else 1)
+    finally:
+        if torch.distributed.is_initialized():  # or its threads may abort a process that exits
+            torch.distributed.destroy_process_group()
 
 
 def build_parser() -> argparse.ArgumentParser:
