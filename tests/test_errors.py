@@ -83,7 +83,6 @@ def test_folders_that_cannot_be_written(stopped, tmp_path, monkeypatch):
 
 def test_resume(stopped, tmp_path, monkeypatch):
     output = tmp_path / "run"
-    assert "there is no checkpoint" in stopped(resume=tmp_path / "nowhere") or True
     message = stopped(resume=tmp_path / "nowhere")
     assert f"{tmp_path / 'nowhere'} is not a complete checkpoint" in message
     step = output / "checkpoints" / "step5"
