@@ -960,13 +960,16 @@ def stage_problems(config: dict) -> list[str]:
 
 class OffloadRun(EngineRun):
     def held(self) -> dict[str, int]:
-        """ZeRO-Offload: what lies on NVMe is no tensor of this process; its size is that of the rank's swap files."""
+        """ZeRO-Offload: what lies on NVMe is no tensor of this process; its size is that of the rank's swap files. What
+        is under 1 MiB DeepSpeed keeps in memory."""
         held = super().held()
-        for name, kind in (("offload_optimizer", "optimizer_states"), ("offload_param", "parameters")):
-            section = self.model.config["zero_optimization"].get(name) or {}
-            if section.get("device") == "nvme":
-                files = Path(section["nvme_path"]).glob(f"zero_stage_3/*{name[8:]}*/rank{rank()}/*")
-                held[f"{kind} on nvme"] = sum(file.stat().st_size for file in files)
+        zero = self.model.config["zero_optimization"]
+        folders = {section["nvme_path"] for section in (zero.get("offload_optimizer"), zero.get("offload_param"))
+                   if section and section["device"] == "nvme"}  # fmt: skip
+        for file in (file for folder in folders for file in Path(folder).glob(f"zero_stage_3/*/rank{rank()}/*.swp")):
+            kind = "parameters" if "params" in file.parts[-3] else "optimizer_states"
+            place = f"{'gradients_and_buckets' if '_gradient_' in file.name else kind} on nvme"
+            held[place] = held.get(place, 0) + file.stat().st_size
         return held
 
 

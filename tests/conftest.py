@@ -66,6 +66,14 @@ def run(words: list[str], *, timeout: int = 240, cwd: Path = ROOT, **env: str) -
     return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout)
 
 
+def require_nvme() -> None:
+    """Skip the test where DeepSpeed's NVMe op cannot be compiled."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("NVMe offload needs libaio: apt-get install libaio-dev")
+
+
 class Run(NamedTuple):
     """What a training run left behind."""
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import BIN, ROOT, ZERO, free_port, load_script, run
+from conftest import BIN, ROOT, ZERO, free_port, load_script, require_nvme, run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
 BATCH = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
@@ -199,11 +199,8 @@ NVME_MARKS = [pytest.mark.drill, pytest.mark.timeout(900)]
 )
 def test_transformers_trainer_takes_the_file_as_it_is(tmp_path, path):
     if path.stem == "zero_infinity":
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
+        require_nvme()
         (tmp_path / "nvme").mkdir()
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            pytest.skip("NVMe offload needs libaio: apt-get install libaio-dev")
     (tmp_path / "trainer.py").write_text(TRAINER)
     launch = [str(BIN / "torchrun"), "--nproc_per_node", "1", "--master_port", str(free_port())]
     done = run([*launch, "trainer.py", str(path), str(tmp_path / "out")], cwd=tmp_path, timeout=800)

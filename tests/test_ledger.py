@@ -4,7 +4,7 @@ DeepSpeed holds something else, exactly what."""
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ZERO, command, require_nvme, run
 
 pytestmark = pytest.mark.slow
 BUCKET = json.loads((ROOT / "configs" / "zero3.json").read_text())["zero_optimization"]["reduce_bucket_size"]
@@ -51,3 +51,26 @@ def test_the_formula_is_printed_beside_it(train):
     for kind, formula in (("parameters", "2P/N"), ("optimizer_states", "12P/N"), ("gradients_and_buckets", "2P/N")):
         line = next(line for line in run.output.splitlines() if line.strip().startswith(f"{kind} on cpu"))
         assert line.endswith(f"{int(formula.split('P')[0]) * count // 2:,} = {formula}")
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)  # the op may be compiled here
+def test_nvme(tmp_path):
+    """What is offloaded to NVMe is counted in its swap files. DeepSpeed leaves what is under 1 MiB in memory."""
+    require_nvme()
+    config = json.loads((ROOT / "configs" / "zero_infinity.json").read_text())
+    for name in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][name]["nvme_path"] = str(tmp_path)
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    flags = {"dataset": "sample", "tokenizer": "bpe:1024", "n_layer": 1, "n_head": 4, "d_model": 640}
+    flags |= {"block_size": 32, "batch_size": 2, "max_steps": 3, "ds_config": tmp_path / "ds.json"}
+    done = run(command(ZERO["zero_offload"], ranks=2, output_dir=tmp_path / "run", **flags), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    ledger, count = summary["ledger"], summary["parameters"]
+    on_disk = {place: row["held"] for place, row in ledger.items() if place.endswith("on nvme")}
+    states = on_disk["optimizer_states on nvme"]
+    assert states > 5.9 * count  # of 12P/N
+    assert states + ledger["optimizer_states on cpu"]["held"] == pytest.approx(6 * count, rel=0.02)
+    large = 640 * 640 * (3 + 4 + 4)  # elements of qkv and the feed-forward layers
+    assert on_disk["parameters on nvme"] == 2 * large // 2  # 2 bytes each, on 2 ranks
