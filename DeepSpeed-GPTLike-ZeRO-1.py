@@ -16,6 +16,7 @@ Source: ZeRO, arXiv:1910.02054, section 5.1; https://www.deepspeed.ai/docs/confi
 
 import argparse
 import difflib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -25,16 +26,20 @@ import math
 import os
 import re
 import resource
+import secrets
 import shutil
+import signal
 import socket
 import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import deepspeed
 import hjson
@@ -57,17 +62,37 @@ DEFAULT_DS_CONFIG = "configs/zero1.json"
 
 # region arguments (owner: GPTLike-Base.py)
 class UserError(Exception):
-    """Something that the user can mend: raised on every rank, printed once, exit code 1, no traceback."""
+    """Something that the user can mend: one message, exit code 1, no traceback."""
+
+    agreed = False  # whether it is raised on all ranks of all hosts, so that rank 0 alone prints it
+
+
+class LoneError(UserError):
+    """The same, met by one rank in the midst of common work: that rank prints it, and its launcher ends the others."""
 
 
 def stop_on_user_error(main: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     try:
         main()
+    except LoneError as error:
+        end_alone(str(error))
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}" if rank() == 0 else 1)
+        sys.exit(f"{Path(__file__).name}: error: {error}" if (rank() if error.agreed else local_rank()) == 0 else 1)
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("(closed|reset) by peer|[Tt]imed out|timeout", str(error)):
+            raise
+        end_alone(f"another rank is gone or stuck ({str(error).split('. ')[0]}). What it said stands above or on its "
+                  "host's screen. The same command on all hosts continues from the last checkpoint")  # fmt: skip
     finally:
         if torch.distributed.is_initialized():  # or its threads may abort a process that exits
             torch.distributed.destroy_process_group()
+
+
+def end_alone(message: str) -> NoReturn:
+    """Without a goodbye to the other ranks, which are elsewhere."""
+    sys.stderr.write(f"{Path(__file__).name}: error: rank {rank()} on host {socket.gethostname()}: {message}\n")
+    os._exit(1)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_interval", type=int, default=500, help="optimizer steps between checkpoints; 0: at the end only")
     add("--peak_tflops", type=float, help="of one device, for MFU where it is not known")
     add("--local_rank", "--local-rank", type=int, default=0, help="set by launchers; LOCAL_RANK wins")
-    if rank() > 0:
-        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
+    if local_rank() > 0:
+        parser.error = lambda message: sys.exit(2)  # the host's first rank prints it
     return parser
 
 
@@ -442,26 +467,55 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 # region training-loop (owner: GPTLike-Base.py)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+KEPT = "The checkpoints before it are as they were: free some space, and the same command continues from there"
 FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
 def open_output(args: argparse.Namespace, ds_config: dict) -> None:
-    """Make --output_dir. A run found there is continued, or with --overwrite deleted, never mixed with another."""
+    """Make --output_dir on each disk. A run found there is continued, or with --overwrite deleted, never mixed with
+    another. Finds out whether all hosts share the disk of rank 0."""
+    args.run_id = together(lambda: secrets.token_hex(8))[0]
+    together(lambda: take_output(args) if rank() == 0 else None)
+    args.shared_disk = all(together(lambda: local_rank() != 0 or sees_output(args)))
+    together(lambda: None if sees_output(args) or local_rank() != 0 else take_output(args))
+    if not args.shared_disk:  # then each host needs all that its own ranks will load
+        ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
+    once_per_disk(lambda: write(Path(args.output_dir, "ds_config.json"), ds_config), args)
+
+
+def take_output(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     try:
+        output.mkdir(parents=True, exist_ok=True)
+        fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this ends
         for old in [output / "checkpoints", output / "model", *output.glob("*.json*")] if args.overwrite else []:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         if args.resume == "never" and (output / "args.json").exists():
             raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "args.json", vars(args))
-        write_json(output / "ds_config.json", ds_config)
+        write(output / "args.json", vars(args))
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {output}: {error}") from error
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def sees_output(args: argparse.Namespace) -> bool:
+    """Whether what rank 0 has just written is to be seen here."""
+    try:
+        return json.loads(Path(args.output_dir, "args.json").read_text())["run_id"] == args.run_id
+    except (OSError, ValueError, LookupError):
+        return False
+
+
+def once_per_disk(work: Callable[[], object], args: argparse.Namespace) -> None:
+    together(lambda: work() if (rank() if args.shared_disk else local_rank()) == 0 else None)
+
+
+def write(path: Path, value: dict | str) -> None:
+    """By rename, so that nobody ever reads half a file."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    part.write_text(value if isinstance(value, str) else json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
@@ -472,40 +526,100 @@ def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
     return facts | {name: getattr(args, name) for name in names}
 
 
-def seal(folder: Path, facts: dict) -> None:
-    """Once a host has all files of a checkpoint: write its facts, let `latest` name it, keep the two newest."""
-    write_json(folder / "run.json", facts)
-    folder.with_name("latest.new").write_text(folder.name)
-    os.replace(folder.with_name("latest.new"), folder.with_name("latest"))
-    for old in sorted(folder.parent.glob("step*"), key=lambda path: int(path.name[4:]))[:-2]:
-        shutil.rmtree(old)
+def save(run, args: argparse.Namespace, corpus: Corpus, loss: float | None) -> None:
+    """A checkpoint by all ranks. It counts once every disk that holds a part of it has a manifest of its files."""
+    folder, began = Path(args.output_dir, "checkpoints", f"step{run.step}"), time.monotonic()
+    here, width = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4 if args.precision == "fp32" else 2
+    size = run.num_params * (width + 12 * (world_size() if args.shared_disk else here) // world_size())
+    once_per_disk(lambda: make_room(folder, size), args)
+    try:
+        run.save(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise LoneError(f"cannot save {folder}: {str(error).splitlines()[0]}. {KEPT}") from error
+    now = time.monotonic()
+    run.seconds, run.saving, run.began = run.seconds + now - run.began, run.saving + now - began, now
+    facts = {name: getattr(run, name) for name in ("step", "best", "seconds", "saving")}
+    facts |= {"validation_loss": loss, "settings": settings(args, corpus)}
+    once_per_disk(lambda: seal(folder, facts, run), args)
+
+
+def make_room(folder: Path, size: int) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left of this very step
+        folder.mkdir(parents=True)
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(f"it needs about {size:,} bytes and {free:,} are free")
+    except OSError as error:
+        raise UserError(f"cannot save {folder}: {error}. {KEPT}") from error
+
+
+def seal(folder: Path, facts: dict, run) -> None:
+    """The manifest, written last and by rename. Then `latest` names the step, and of the others only the one before and
+    the best by validation loss stay."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    write(folder / "run.json", facts | {"files": files})
+    write(folder.with_name("latest"), folder.name)
+    known, _ = whole_steps(folder.parent, "step*", run)
+    best = sorted((facts["validation_loss"], step) for step, facts in known.items() if facts["validation_loss"])[:1]
+    keep = {f"step{step}" for step in sorted(known)[-2:] + [step for _, step in best]}
+    for path in folder.parent.glob("step*"):
+        if path.name not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def whole_steps(root: Path, pattern: str, run) -> tuple[dict[int, dict], list[str]]:
+    """The facts of the checkpoints under root of which this rank has all it needs, and why the others do not count."""
+    known, problems = {}, []
+    for folder in sorted(root.glob(pattern)):
+        try:
+            facts = json.loads((folder / "run.json").read_text())
+            for name, size in facts["files"].items():
+                if (found := (folder / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            if folder.name != f"step{facts['step']}" or not run.has(folder):
+                raise ValueError(f"it has no files of rank {rank()} at this step")
+            known[facts["step"]] = facts
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            problems.append(f"{folder} on host {socket.gethostname()} is not a whole checkpoint: {error}")
+    return known, problems
 
 
 def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
-    """Continue from --resume PATH, or with auto from the newest checkpoint in --output_dir if there is one."""
-    latest, folder = Path(args.output_dir, "checkpoints", "latest"), Path(args.resume)
-    if args.resume == "auto" and latest.exists():
-        folder = latest.with_name(latest.read_text())
-    if folder.name not in ("auto", "never"):
-        try:
-            saved = json.loads((folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"--resume {args.resume}: {folder} is not a complete checkpoint ({error})") from error
-        for name, wanted in settings(args, corpus).items():
-            if saved["settings"].get(name) != wanted:
-                raise UserError(f"{folder} has {name} {saved['settings'].get(name)}, this run {wanted}: take the "
-                                "former, or start afresh with --overwrite or another --output_dir")
-        if saved["step"] >= args.max_steps and Path(args.output_dir, "summary.json").exists():
-            log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "
-                "would continue it, --overwrite start afresh")
-            sys.exit(0)
-        run.load(folder)
-        run.step = saved["step"]
-        log(f"resumed from {folder} at step {run.step}")
+    """Continue from --resume PATH, or with auto from the newest step in --output_dir that is whole on every rank."""
+    output, path = Path(args.output_dir), Path(args.resume)
+    root, pattern = (output / "checkpoints", "step*") if args.resume == "auto" else (path.parent, path.name)
+    mine = whole_steps(root, pattern, run) if args.resume != "never" else ({}, [])
+    found = together(lambda: (socket.gethostname(), *mine))
+    problems = list(dict.fromkeys(problem for _, _, problems in found for problem in problems))
+    common = set(found[0][1]).intersection(*(known for _, known, _ in found))
+    if not common and (args.resume not in ("auto", "never") or any(known for _, known, _ in found)):
+        held = {host: " ".join(map(str, sorted(known))) or "none" for host, known, _ in found}
+        more = "".join(f"{problem}. " for problem in problems)
+        raise UserError(f"--resume {args.resume}: {root / pattern} is not one checkpoint that is whole on every rank. "
+                        f"Whole steps by host: {held}. {more}Bring back what is missing, or start afresh with "
+                        "--overwrite or another --output_dir")  # fmt: skip
+    for problem in problems:
+        log(f"{problem}: passed over{'' if common else ', the run starts at step 0'}")
+    if common:
+        load(run, root / f"step{max(common)}", mine[0][max(common)], args, corpus)
     if rank() == 0:  # forget what was logged after the checkpoint
-        metrics = Path(args.output_dir, "metrics.jsonl")
+        metrics = output / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+        write(metrics, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step))
+
+
+def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpus) -> None:
+    for name, wanted in settings(args, corpus).items():
+        if (had := saved["settings"].get(name)) != wanted:
+            raise UserError(f"{folder} has {name} {had}, this run {wanted}: take the former, or start afresh with "
+                            "--overwrite or another --output_dir")  # fmt: skip
+    if saved["step"] >= args.max_steps and together(Path(args.output_dir, "summary.json").exists)[0]:
+        log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "
+            "would continue it, --overwrite start afresh")  # fmt: skip
+        sys.exit(0)
+    run.load(folder)
+    run.step, run.best, run.seconds, run.saving = (saved[name] for name in ("step", "best", "seconds", "saving"))
+    log(f"resumed from {folder} at step {run.step}")
 
 
 def set_max_steps(args: argparse.Namespace, corpus: Corpus) -> None:
@@ -531,22 +645,26 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
 
 
 @torch.no_grad()
-def evaluate(run, corpus: Corpus, split: str, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
+def evaluate(
+    model, corpus: Corpus, split: str, args: argparse.Namespace, device: torch.device, *, alone: bool = False
+) -> dict[str, float]:
+    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte. By all
+    ranks together, or by one alone with a model of its own."""
     data = TokenizedDataset(corpus.streams[split], args.block_size, pad=True)
+    ranks, me = (1, 0) if alone else (world_size(), rank())
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    run.model.eval()
-    for first in range(0, len(data), args.batch_size * world_size()):
-        index = first + rank() * args.batch_size + torch.arange(args.batch_size)
+    model.eval()
+    for first in range(0, len(data), args.batch_size * ranks):
+        index = first + me * args.batch_size + torch.arange(args.batch_size)
         inputs, targets = data[index.clamp_max(len(data) - 1)]
         targets[index >= len(data)] = -100  # every rank makes every pass: ZeRO-3 would wait for an absent one
         count = (targets != -100).sum().to(device)
-        total += torch.stack((run.model(inputs.to(device), targets.to(device)) * count, count))
-    run.model.train()
-    nats, tokens = sum_over_ranks(total).tolist()
+        total += torch.stack((model(inputs.to(device), targets.to(device)) * count, count))
+    model.train()
+    nats, tokens = (total if alone else sum_over_ranks(total)).tolist()
     return {
         f"{split}_loss": nats / tokens,
-        f"{split}_perplexity": math.exp(nats / tokens),
+        f"{split}_perplexity": math.exp(min(nats / tokens, 700)),
         f"{split}_word_perplexity": math.exp(min(nats / corpus.sizes[split]["words"], 700)),
         f"{split}_bits_per_byte": nats / math.log(2) / corpus.sizes[split]["bytes"],
     }
@@ -609,6 +727,21 @@ def record(fields: dict, args: argparse.Namespace) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
+def catch_signals() -> list[tuple[int, float]]:
+    """A list that grows by number and time of each SIGTERM and SIGINT. One that comes a second after the first ends the
+    process at once; before that it is the first again, since launchers repeat theirs."""
+    caught = []
+
+    def catch(number: int, _frame) -> None:
+        caught.append((number, time.monotonic()))
+        if caught[-1][1] - caught[0][1] > 1:
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
 def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> dict:
     """The loop that all scripts share; `run` does what differs between them. Returns the ledger."""
     data, ledger = TokenizedDataset(corpus.streams["train"], args.block_size), {}
@@ -617,29 +750,44 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
-    clock, clocked, first = time.perf_counter(), run.step, run.step
+    caught, stops = catch_signals(), torch.zeros((), device=device)
+    clock, clocked, first, run.began = time.perf_counter(), run.step, run.step, time.monotonic()
     while run.step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
         loss = run.forward_backward(micro_batches(data, run.step, args, device))
         if run.step == first + 1:
             ledger = show_ledger(run, args)
+        lr, validation = run.learning_rate(), None
         run.update()
         run.step += 1
         bar.update()  # shows on a terminal only
+        stopping = stops.item() > 0  # of the step before, which is there by now: nothing waits for the device
+        stops = sum_over_ranks(torch.tensor(float(bool(caught)), device=device))
         log_due, eval_due, save_due = (
             run.step == args.max_steps or interval and run.step % interval == 0
             for interval in (args.log_interval, args.eval_interval, args.save_interval)
         )
-        if log_due:
+        if log_due or save_due or stopping:
             loss = sum_over_ranks(loss).item() / world_size()  # the loop's only wait for the device
+            if not math.isfinite(loss + (0 if args.precision == "fp16" else run.grad_norm())):  # fp16 skips such steps
+                raise UserError(f"step {run.step}: the loss is {loss}, the norm of the gradients {run.grad_norm()}. "
+                                "Nothing was saved since; --output_dir holds what was before. Try a lower --lr, more "
+                                "--warmup_steps, or --precision fp32")  # fmt: skip
+        if log_due:
             rate = step_tokens * (run.step - clocked) / (time.perf_counter() - clock)
-            line = {"step": run.step, "loss": loss, "lr": run.learning_rate(), "tokens_per_second": rate}
+            line = {"step": run.step, "loss": loss, "lr": lr, "tokens_per_second": rate}
             mfu = {"mfu": rate * flops / (peak * 1e12 * world_size())} if peak else {}
             record(line | {"peak_memory_gib": peak_memory_gib(device)} | mfu, args)
         if eval_due and run.step < args.max_steps:  # finish() makes the last one
-            record({"step": run.step} | evaluate(run, corpus, "validation", args, device), args)
-        if save_due:
-            run.save({"step": run.step, "settings": settings(args, corpus)})
+            record({"step": run.step} | (found := evaluate(run.model, corpus, "validation", args, device)), args)
+            validation = found["validation_loss"]
+            if validation < (run.best or math.inf):
+                run.best, save_due = validation, True
+        if save_due or stopping:
+            save(run, args, corpus, validation)
+        if stopping:
+            log(f"stopped by a signal: step {run.step} is saved, the same command continues")
+            sys.exit(128 + (caught[0][0] if caught else signal.SIGTERM))
         if log_due or eval_due or save_due:
             clock, clocked = time.perf_counter(), run.step
     bar.close()
@@ -650,28 +798,53 @@ def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: 
     """Write model/ and summary.json. All ranks call this: the last evaluation and the weights need them all."""
     output, final = Path(args.output_dir), {}
     for split in sorted(corpus.streams.keys() - {"train"}):
-        final |= evaluate(run, corpus, split, args, device)
+        final |= evaluate(run.model, corpus, split, args, device)
     record({"step": run.step} | final, args)
     weights = run.full_weights()
     if rank() > 0:
         return
     (output / "model").mkdir(exist_ok=True)
     safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
-    (output / "model" / "tokenizer.json").write_text(corpus.tokenizer, encoding="utf-8")
+    write(output / "model" / "tokenizer.json", corpus.tokenizer)
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
     rows = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
-    write_json(output / "model" / "config.json", shape | rows)
+    write(output / "model" / "config.json", shape | rows)
+    check_model(output / "model", final["validation_loss"], corpus, args, device)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses, rates, peaks = ([line[name] for line in lines if name in line]
                             for name in ("validation_loss", "tokens_per_second", "peak_memory_gib"))
     facts = {"steps": run.step, "parameters": run.num_params, "best_validation_loss": min(losses), "ledger": ledger}
     facts |= {"tokens_per_second": median(rates[1:] or rates), "peak_memory_gib": max(peaks)}
-    write_json(output / "summary.json", facts | final)
+    facts |= {"seconds": run.seconds, "saving_seconds": run.saving}  # of training, over all its resumptions
+    write(output / "summary.json", facts | final)
     log(f"saved {output / 'model'} and {output / 'summary.json'}")
+
+
+def check_model(folder: Path, loss: float, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
+    """Read the saved weights back: by themselves they have to give the validation loss that the run has found."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    try:
+        model = GPTLike(args, corpus.vocab_size).to(device, weights["final_norm.weight"].dtype)
+        model.load_state_dict(weights | {"head.weight": weights["token_embedding.weight"]})
+        again = evaluate(model, corpus, "validation", args, device, alone=True)["validation_loss"]
+    except torch.OutOfMemoryError:
+        log(f"{folder} is not checked: the model is too large for one device")
+        return
+    if not abs(again - loss) <= 1e-4:
+        raise UserError(f"read back, {folder} has a validation loss of {again} and not the run's {loss}")
 # endregion training-loop
 
 
 # region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
+NO_MEETING = """Usual causes, the likeliest first:
+  the command was not started on every host, or with another number of hosts or a rank given twice
+  a firewall closes the port, or the ports above 1024 that ranks open to each other
+  MASTER_ADDR is no address of the host of rank 0 that the others reach
+  gloo or NCCL took another interface: export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each host
+  a host's own name resolves to 127.*: see /etc/hosts
+scripts/check_env.sh --peer HOST:PORT, on both hosts at once, tells them apart."""
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -694,20 +867,27 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def once_per_host(work: Callable[[], object]) -> object:
-    """`work()`, run by each host's first local rank while its others wait; the result on all of them. A UserError on
-    any host is raised on every rank, so that none waits for one that has gone."""
-    outcome = None, ""
-    if local_rank() == 0:
-        try:
-            outcome = work(), ""
-        except UserError as error:
-            outcome = None, f"host {socket.gethostname()}: {error}" if world_size() > 1 else str(error)
+def together(work: Callable[[], object]) -> list:
+    """What `work()` gives on each rank, on all ranks. A UserError on any is raised on all, so that none waits for one
+    that has gone."""
+    try:
+        outcome = work(), None
+    except UserError as error:
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) < world_size()
+        outcome = None, f"host {socket.gethostname()}: {error}" if several else str(error)
     outcomes = [outcome] * world_size()
     dist.all_gather_object(outcomes, outcome)
-    if failures := [failure for _, failure in outcomes if failure]:
-        raise UserError(failures[0])
-    return outcomes[rank() - local_rank()][0]
+    for _, failure in outcomes:
+        if failure:
+            error = UserError(failure)
+            error.agreed = True
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def once_per_host(work: Callable[[], object]) -> object:
+    """`work()`, run by each host's first rank while its others wait; the result on all of them."""
+    return together(lambda: work() if local_rank() == 0 else None)[rank() - local_rank()]
 
 
 def start_distributed(args: argparse.Namespace) -> torch.device:
@@ -718,24 +898,47 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, deepspeed
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))  # torchrun's name, deepspeed's name
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
     refuse_dropped_devices()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
     if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
         log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
     if torch.cuda.is_available():
         if ranks_here > torch.cuda.device_count():
             raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")
         torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
-        deepspeed.init_distributed()
+        join_ranks("nccl", args.rendezvous_timeout)
         return torch.device("cuda", local_rank())
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    join_ranks("gloo", args.rendezvous_timeout)
     return torch.device("cpu")
+
+
+def join_ranks(backend: str, seconds: int) -> None:
+    """Meet all ranks at MASTER_ADDR:MASTER_PORT. UserError with those that are missing after that many seconds."""
+    patience, keys, store = timedelta(seconds=seconds), [f"rank{other}" for other in range(world_size())], None
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    trouble = f"{world_size()} ranks did not meet at {place} in {seconds} s"
+    (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}. {NO_MEETING}"])).start()  # gloo waits longer
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set(keys[rank()], socket.gethostname())
+        store.wait(keys, patience)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+        deepspeed.init_distributed(backend)  # takes what is there
+    except RuntimeError as error:  # of the store, or of gloo or NCCL
+        missing = keys[:1] if store is None else [key for key in keys if not store.check([key])]
+        reason = f"{' '.join(missing) or 'none'} missing: {str(error).splitlines()[0]}"
+        raise UserError(f"{trouble}, {reason}. {NO_MEETING}") from error
+    finally:
+        timer.cancel()
 
 
 def refuse_dropped_devices() -> None:
@@ -902,6 +1105,7 @@ class EngineRun:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
         self.model, self.args, self.step = engine, args, 0
+        self.best, self.seconds, self.saving = None, 0.0, 0.0
         self.num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
 
     def forward_backward(self, batches: Iterator) -> torch.Tensor:
@@ -921,6 +1125,9 @@ class EngineRun:
     def learning_rate(self) -> float:
         return self.model.get_lr()[0]
 
+    def grad_norm(self) -> float:
+        return float(self.model.get_global_grad_norm() or 0)
+
     def held(self) -> dict[str, int]:
         states = self.model.basic_optimizer.state  # by fp32 copy: momentum and variance
         tensors = [*states, *(value for state in states.values() for value in state.values() if torch.is_tensor(value))]
@@ -928,15 +1135,17 @@ class EngineRun:
         pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # ZeRO-3 keeps this rank's
         return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters])
 
-    def save(self, facts: dict) -> None:
-        folder = Path(self.args.output_dir, "checkpoints")
-        self.model.save_checkpoint(str(folder), tag=f"step{self.step}", save_latest=False)
-        once_per_host(lambda: seal(folder / f"step{self.step}", facts))
+    def save(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def has(self, folder: Path) -> bool:
+        """Whether this rank's own part is there: without it DeepSpeed only warns, and trains on from fresh weights."""
+        return any(folder.glob(f"*zero_pp_rank_{rank()}_mp_rank_00_optim_states.pt"))
 
     def load(self, folder: Path) -> None:
         path, _ = self.model.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:  # DeepSpeed only warns, and would go on from fresh weights
-            raise UserError(f"host {socket.gethostname()}: {folder} has no files of rank {rank()}")
+        if None in together(lambda: path):
+            raise UserError(f"DeepSpeed could not load {folder}: its warning is above")
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         return {name: whole(weight) for name, weight in self.model.module.named_parameters()}
@@ -970,13 +1179,14 @@ def build_engine(args: argparse.Namespace, vocab_size: int, ds_config: dict) -> 
 def main() -> None:
     parser = build_parser()
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
+    parser.add_argument("--rendezvous_timeout", type=int, default=300, help="seconds to wait for the other ranks")
     args = parser.parse_args()
     check_args(parser, args)
     device = start_distributed(args)
-    ds_config = load_ds_config(args, device)
+    ds_config = together(lambda: load_ds_config(args, device))[rank()]
     corpus = load_corpus(args)
     set_max_steps(args, corpus)
-    once_per_host(lambda: open_output(args, ds_config))
+    open_output(args, ds_config)
     torch.manual_seed(args.seed)
     run = EngineRun(build_engine(args, corpus.vocab_size, ds_config), args)
     show_start(run, corpus, args, device)

@@ -90,12 +90,12 @@ def test_help_and_other_ranks(script, capsys, monkeypatch):
         module.main()
     assert stop.value.code == 0 and "micro batch: sequences per rank per forward" in capsys.readouterr().out
     if script != BASE:
-        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("LOCAL_RANK", "1")
         for words in (["--d_model", "0"], ["--n_layers", "4"]):
             monkeypatch.setattr("sys.argv", [script, *words])
             with pytest.raises(SystemExit) as stop:
                 module.main()
-            assert stop.value.code == 2 and capsys.readouterr().err == ""  # rank 0 has said it
+            assert stop.value.code == 2 and capsys.readouterr().err == ""  # the host's first rank has said it
 
 
 def test_local_rank_has_both_spellings_and_the_environment_wins(monkeypatch):

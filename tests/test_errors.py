@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 
 import pytest
 import torch
@@ -84,15 +85,25 @@ def test_folders_that_cannot_be_written(stopped, tmp_path, monkeypatch):
 def test_resume(stopped, tmp_path, monkeypatch):
     output = tmp_path / "run"
     message = stopped(resume=tmp_path / "nowhere")
-    assert f"{tmp_path / 'nowhere'} is not a complete checkpoint" in message
+    assert f"{tmp_path / 'nowhere'} is not one checkpoint that is whole on every rank. Whole steps" in message
     step = output / "checkpoints" / "step5"
     step.mkdir(parents=True)
     (step.parent / "latest").write_text("step5")
-    (step / "run.json").write_text(json.dumps({"step": 5, "settings": {"n_layer": 4}}))
+    (step / "state.pt").write_bytes(b"12345")
+    facts = {"step": 5, "settings": {"n_layer": 4}, "files": {"state.pt": 5}}
+    (step / "run.json").write_text(json.dumps(facts))
     message = stopped()
     assert "step5 has ZeRO stage None, this run 0" in message and "--overwrite or another --output_dir" in message
-    (step / "run.json").write_text('{"step": 5')
-    assert "step5 is not a complete checkpoint" in stopped()
+    for broken, reason in (
+        ('{"step": 5', "Expecting ',' delimiter"),
+        (json.dumps(facts | {"files": {"state.pt": 6}}), "state.pt has 5 bytes instead of 6"),
+        (json.dumps(facts | {"files": {"other.pt": 6}}), "No such file or directory"),
+        (json.dumps(facts | {"step": 6}), "it has no files of rank 0 at this step"),
+        (json.dumps([]), "list indices"),
+    ):
+        (step / "run.json").write_text(broken)
+        message = stopped(resume=step)
+        assert f"{step} on host {socket.gethostname()} is not a whole checkpoint: " in message and reason in message
     before = (output / "args.json").read_text()
     assert "holds a run: add --overwrite, or choose another --output_dir" in stopped(resume="never")
     assert (output / "args.json").read_text() == before and step.exists()

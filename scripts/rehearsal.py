@@ -1,0 +1,311 @@
+"""The drills of rehearse_multihost.sh, which calls this inside the network that it has made.
+
+Each drill starts the tutorial's two torchrun commands, one on each host, does its harm, and checks what the user would
+then see: messages, exit codes, losses. Exit code 0: all drills passed or were skipped with a reason; 1: one failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SCRIPT, JSON = "DeepSpeed-GPTLike-Multihosts.py", "configs/multihosts.json"
+MASTER = "172.25.0.100"
+STEPS, SAVE = 400, 100
+FLAGS = f"""--dataset sample --tokenizer bpe:1024 --n_layer 2 --n_head 4 --d_model 64 --block_size 32 --precision fp32
+    --max_steps {STEPS} --log_interval 1 --save_interval {SAVE} --eval_interval 0 --output_dir run
+    --rendezvous_timeout 20""".split()
+
+
+class Failed(Exception):
+    """What a drill did not find."""
+
+
+class Host:
+    """One of the two: a holder process with the network and the name, and a folder that the other does not see."""
+
+    def __init__(self, number: int, holder: int, folder: Path):
+        self.number, self.holder, self.folder, self.name = number, holder, folder, f"node{number}"
+        self.log = folder / "screen.log"
+        (folder / "configs").mkdir(parents=True)
+        shutil.copy(ROOT / SCRIPT, folder)
+        shutil.copy(ROOT / JSON, folder / "configs")
+
+    def run(self, *words: str, **env: str) -> subprocess.Popen:
+        """Start a command here; what it prints goes to the host's log."""
+        print(f"  [{self.name}] {' '.join(words)}", flush=True)
+        own = {"GPTLIKE_CACHE": str(self.folder / "cache"), "HF_HOME": str(self.folder / "hf"), "HF_HUB_OFFLINE": "1"}
+        own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        own |= {"GLOO_SOCKET_IFNAME": "eno1", "NCCL_SOCKET_IFNAME": "=eno1"}
+        enter = ["nsenter", "-t", str(self.holder), "--net", "--uts"]
+        with self.log.open("w") as screen:
+            return subprocess.Popen(
+                [*enter, *words], cwd=self.folder, env=os.environ | own | env, stdout=screen, stderr=subprocess.STDOUT
+            )
+
+    def do(self, *words: str) -> bool:
+        """Run a short command here; whether it went well."""
+        enter = ["nsenter", "-t", str(self.holder), "--net", "--uts"]
+        return subprocess.run([*enter, *words], capture_output=True).returncode == 0
+
+    def die(self) -> None:
+        """As when the power fails: everything on this host is gone at once."""
+        network = os.readlink(f"/proc/{self.holder}/ns/net")
+        for pid in psutil.pids():
+            try:
+                if pid != self.holder and os.readlink(f"/proc/{pid}/ns/net") == network:
+                    os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass  # it ended by itself
+
+    def screen(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def metrics(self, folder: str = "run") -> dict[int, float]:
+        """Loss by step."""
+        path = self.folder / folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+class Rehearsal:
+    def __init__(self, hosts: list[Host], flags: list[str]):
+        self.hosts, self.flags = hosts, FLAGS + flags
+        self.undisturbed: dict[int, float] = {}
+
+    def torchrun(self, host: Host, **env: str) -> subprocess.Popen:
+        """The tutorial's command."""
+        words = ["torchrun", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={host.number}"]
+        words += [f"--master_addr={MASTER}", "--master_port=29500", SCRIPT]
+        return host.run(*words, *self.flags, **env)
+
+    def both(self, timeout: int = 120, **env: str) -> list[int]:
+        """Start both hosts, env on the second one, and wait for their exit codes."""
+        return self.wait([self.torchrun(self.hosts[0]), self.torchrun(self.hosts[1], **env)], timeout)
+
+    def wait(self, launches: list[subprocess.Popen], timeout: int = 120) -> list[int]:
+        end = time.monotonic() + timeout
+        try:
+            return [launch.wait(max(1, end - time.monotonic())) for launch in launches]
+        except subprocess.TimeoutExpired:
+            self.show()
+            for host in self.hosts:
+                host.die()
+            raise Failed(f"still running after {timeout} s") from None
+
+    def until_step(self, step: int, launches: list[subprocess.Popen]) -> None:
+        while not any(launch.poll() is not None for launch in launches):
+            if max(self.hosts[0].metrics(), default=0) >= step:
+                return
+            time.sleep(0.02)
+        raise Failed(f"a host ended before step {step}")
+
+    def show(self, pattern: str = "", lines: int = 12) -> None:
+        """What is on the two screens: lines of the scripts themselves, or those that match."""
+        for host in self.hosts:
+            screen = host.screen().splitlines()
+            found = [line for line in screen if re.search(pattern or "error:|step=|saved|resumed", line)]
+            for line in found[-lines:]:
+                print(f"    {host.name}| {line[:400]}")
+        sys.stdout.flush()
+
+    def expect(self, text: str, *hosts: int) -> None:
+        for number in hosts or (0,):
+            if text not in self.hosts[number].screen():
+                print(self.hosts[number].screen()[-3000:])
+                raise Failed(f"node{number} does not say: {text}")
+
+    def clear(self) -> None:
+        for host in self.hosts:
+            shutil.rmtree(host.folder / "run", ignore_errors=True)
+
+    def reference(self) -> dict[int, float]:
+        """The losses of two hosts that nothing disturbs, and their final weights."""
+        if not self.undisturbed:
+            self.clear()
+            if self.both() != [0, 0]:
+                print(self.hosts[0].screen()[-3000:], self.hosts[1].screen()[-3000:])
+                raise Failed("the undisturbed run failed")
+            self.undisturbed = self.hosts[0].metrics()
+            self.weights = (self.hosts[0].folder / "run" / "model" / "model.safetensors").read_bytes()
+            self.screen = self.hosts[0].screen()
+            self.rate = json.loads((self.hosts[0].folder / "run" / "summary.json").read_text())["tokens_per_second"]
+        return self.undisturbed
+
+    def same_as_undisturbed(self) -> None:
+        """What was interrupted has the losses and the weights of what was not, to the last bit."""
+        if self.hosts[0].metrics() != self.reference():
+            raise Failed("the losses are not those of the undisturbed run")
+        if (self.hosts[0].folder / "run" / "model" / "model.safetensors").read_bytes() != self.weights:
+            raise Failed("the final weights are not those of the undisturbed run")
+
+    def plain(self) -> str:
+        """Both hosts train to the end; one host with two ranks gives the same losses."""
+        two = self.reference()
+        for line in self.screen.splitlines():
+            if re.match(r"host node|equal on all|.*hosts 2|saved", line):
+                print(f"    node0| {line}")
+        for text in ("hosts 2", "host node0", "host node1"):
+            if text not in self.screen:
+                raise Failed(f"node0 does not say: {text}")
+        single = ["torchrun", "--nproc_per_node=2", SCRIPT, *self.flags, "--output_dir", "single"]
+        if self.wait([self.hosts[0].run(*single)]) != [0]:
+            raise Failed("the single host failed")
+        one = self.hosts[0].metrics("single")
+        if two.keys() != one.keys() or len(two) != max(two):
+            raise Failed("not every step is there")
+        apart = max(abs(two[step] - one[step]) for step in two)
+        if not apart <= 1e-5:
+            raise Failed(f"losses of two hosts and of one are {apart:.1e} apart")
+        return f"{len(two)} losses of two hosts and of one host with two ranks are at most {apart:.1e} apart"
+
+    def host_lost(self) -> str:
+        """node1 dies in the midst of training. node0 ends with a message; the same two commands continue."""
+        self.reference()
+        self.clear()
+        launches = [self.torchrun(host) for host in self.hosts]
+        self.until_step(SAVE + 50, launches)
+        self.hosts[1].die()
+        code = self.wait(launches[:1], 60)[0]
+        self.show()
+        if code == 0:
+            raise Failed("node0 ended with 0")
+        self.expect("another rank is gone")
+        if self.both() != [0, 0]:
+            raise Failed("the second start failed")
+        self.show("resumed|saved")
+        self.expect(f"resumed from run/checkpoints/step{SAVE} at step {SAVE}")
+        self.same_as_undisturbed()
+        return f"continued from step {SAVE}; losses and final weights are those of the undisturbed run"
+
+    def port_blocked(self) -> str:
+        """node1 cannot reach the port of node0."""
+        rule = ["rule", "{}", "ipproto", "tcp", "dport", "29500", "unreachable"]
+        if not self.hosts[1].do("ip", *[word.format("add") for word in rule]):
+            return "skipped: this kernel has no routing rules by port"
+        try:
+            self.clear()
+            run = str(ROOT / "scripts" / "run_multihost.sh")
+            launches = []
+            for host in self.hosts:
+                site = {"NNODES": "2", "NODE_RANK": str(host.number), "MASTER_ADDR": MASTER, "GPUS_PER_HOST": "1"}
+                launches.append(host.run("bash", run, SCRIPT, *self.flags, **site, RDZV_TIMEOUT="15"))
+            codes = self.wait(launches, 90)
+        finally:
+            self.hosts[1].do("ip", *[word.format("delete") for word in rule])
+        self.show("run_multihost|causes|^  ")
+        if 0 in codes:
+            raise Failed(f"exit codes {codes}")
+        self.expect("firewall", 0, 1)
+        return f"both hosts ended with {codes[0]} and {codes[1]} and name the usual causes"
+
+    def wrong_interface(self) -> str:
+        """node1 lets gloo take the interface lo, which node0 cannot reach."""
+        self.clear()
+        codes = self.both(120, GLOO_SOCKET_IFNAME="lo")
+        self.show("error:|^  [a-zM]")
+        if 0 in codes:
+            raise Failed(f"exit codes {codes}")
+        self.expect("GLOO_SOCKET_IFNAME", 0, 1)
+        return f"both hosts ended with {codes[0]} and {codes[1]} and name the variable"
+
+    def split_disks(self) -> str:
+        """Stopped and continued where no host sees the other's disk; then a host has lost its disk."""
+        self.reference()
+        self.clear()
+        launches = [self.torchrun(host) for host in self.hosts]
+        self.until_step(SAVE + 50, launches)
+        for launch in launches:
+            launch.terminate()
+        self.wait(launches, 60)
+        self.show("stopped")
+        self.expect("the same command continues")
+        for host in self.hosts:
+            parts = sorted(path.name for path in (host.folder / "run" / "checkpoints").glob("step*/*optim_states.pt"))
+            if not parts or any(f"_rank_{host.number}_" not in part for part in parts):
+                raise Failed(f"{host.name} holds {parts}")
+        stopped = max(self.hosts[0].metrics())
+        if self.both() != [0, 0]:
+            raise Failed("the second start failed")
+        self.show("resumed")
+        self.same_as_undisturbed()
+        shutil.rmtree(self.hosts[1].folder / "run")
+        codes = self.both()
+        self.show("error:")
+        if 0 in codes:
+            raise Failed("a host without its files trained on")
+        self.expect("'node1': 'none'", 0, 1)
+        return f"continued after step {stopped} exactly as undisturbed; a lost disk is refused"
+
+    def version_mismatch(self) -> str:
+        """node1 has another version of transformers."""
+        self.clear()
+        folder = self.hosts[1].folder / "other" / "transformers-9.9.9.dist-info"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.9.9\n")
+        codes = self.both(PYTHONPATH=str(folder.parent))
+        self.show("error:")
+        if 0 in codes:
+            raise Failed(f"exit codes {codes}")
+        self.expect("transformers is 9.9.9 on host node1, but ", 0, 1)
+        return "both hosts name the package and both versions"
+
+    def slow_link(self) -> str:
+        """The link has 20 ms and 20 Mbit/s; where the kernel has no netem, only the 20 Mbit/s."""
+        self.reference()
+        kinds = ("netem delay 20ms rate 20mbit", "tbf rate 20mbit burst 64k latency 400ms")
+        flags, self.flags = self.flags, [*self.flags, "--max_steps", "30"]
+        for kind in kinds:
+            if all(host.do("tc", "qdisc", "add", "dev", "eno1", "root", *kind.split()) for host in self.hosts):
+                break
+        else:
+            return "skipped: this kernel has neither netem nor tbf"
+        try:
+            self.clear()
+            codes = self.both(180)
+        finally:
+            self.flags = flags
+            for host in self.hosts:
+                host.do("tc", "qdisc", "del", "dev", "eno1", "root")
+        self.show("step=30")
+        if codes != [0, 0]:
+            raise Failed(f"exit codes {codes}")
+        rate = json.loads((self.hosts[0].folder / "run" / "summary.json").read_text())["tokens_per_second"]
+        return f"link of {kind}: {rate:.0f} tokens/s, without limits {self.rate:.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--hosts", type=int, nargs=2, required=True, metavar="PID")
+    parser.add_argument("--drills", nargs="+", required=True)
+    parser.add_argument("flags", nargs="*")
+    args = parser.parse_args()
+    hosts = [Host(number, pid, args.folder / f"node{number}") for number, pid in enumerate(args.hosts)]
+    rehearsal, failed = Rehearsal(hosts, args.flags), []
+    for name in args.drills:
+        drill = getattr(rehearsal, name.replace("-", "_"))
+        print(f"== {name}: {' '.join(drill.__doc__.split())}", flush=True)
+        start = time.monotonic()
+        try:
+            result = f"PASS {name}: {drill()}"
+        except Failed as error:
+            failed.append(name)
+            result = f"FAIL {name}: {error}"
+        print(f"{result} ({time.monotonic() - start:.0f} s)", flush=True)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
