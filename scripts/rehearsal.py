@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,37 +35,45 @@ class Host:
 
     def __init__(self, number: int, holder: int, folder: Path):
         self.number, self.holder, self.folder, self.name = number, holder, folder, f"node{number}"
+        self.path = folder.with_name("host")  # the same folder as seen from there
         self.log = folder / "screen.log"
-        (folder / "configs").mkdir(parents=True)
+        for name in ("configs", "tmp"):
+            (folder / name).mkdir()
         shutil.copy(ROOT / SCRIPT, folder)
         shutil.copy(ROOT / JSON, folder / "configs")
 
     def run(self, *words: str, **env: str) -> subprocess.Popen:
         """Start a command here; what it prints goes to the host's log."""
         print(f"  [{self.name}] {' '.join(words)}", flush=True)
-        own = {"GPTLIKE_CACHE": str(self.folder / "cache"), "HF_HOME": str(self.folder / "hf"), "HF_HUB_OFFLINE": "1"}
+        own = {"GPTLIKE_CACHE": str(self.path / "cache"), "HF_HOME": str(self.path / "hf"), "HF_HUB_OFFLINE": "1"}
+        own["TMPDIR"] = str(self.path / "tmp")
         own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         own |= {"GLOO_SOCKET_IFNAME": "eno1", "NCCL_SOCKET_IFNAME": "=eno1"}
-        enter = ["nsenter", "-t", str(self.holder), "--net", "--uts"]
+        words = [*self.enter(), "env", "-C", str(self.path), *words]
         with self.log.open("w") as screen:
-            return subprocess.Popen(
-                [*enter, *words], cwd=self.folder, env=os.environ | own | env, stdout=screen, stderr=subprocess.STDOUT
-            )
+            return subprocess.Popen(words, env=os.environ | own | env, stdout=screen, stderr=subprocess.STDOUT)
+
+    def enter(self) -> list[str]:
+        return ["nsenter", "-t", str(self.holder), "--net", "--uts", "--mount"]
 
     def do(self, *words: str) -> bool:
         """Run a short command here; whether it went well."""
-        enter = ["nsenter", "-t", str(self.holder), "--net", "--uts"]
-        return subprocess.run([*enter, *words], capture_output=True).returncode == 0
+        return subprocess.run([*self.enter(), *words], capture_output=True).returncode == 0
+
+    def processes(self) -> list[psutil.Process]:
+        network, found = os.readlink(f"/proc/{self.holder}/ns/net"), []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != self.holder and os.readlink(f"/proc/{process.pid}/ns/net") == network:
+                    found.append(process)
+            except OSError:
+                continue  # it ended by itself
+        return found
 
     def die(self) -> None:
         """As when the power fails: everything on this host is gone at once."""
-        network = os.readlink(f"/proc/{self.holder}/ns/net")
-        for pid in psutil.pids():
-            try:
-                if pid != self.holder and os.readlink(f"/proc/{pid}/ns/net") == network:
-                    os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass  # it ended by itself
+        for process in self.processes():
+            process.kill()
 
     def screen(self) -> str:
         return self.log.read_text(errors="replace")
@@ -189,6 +196,12 @@ class Rehearsal:
         self.same_as_undisturbed()
         return f"continued from step {SAVE}; losses and final weights are those of the undisturbed run"
 
+    def start(self, *flags: str, **env: str) -> list[subprocess.Popen]:
+        """Both hosts, by run_multihost.sh."""
+        site = {"NNODES": "2", "MASTER_ADDR": MASTER, "GPUS_PER_HOST": "1", "RDZV_TIMEOUT": "15"} | env
+        words = ["bash", str(ROOT / "scripts" / "run_multihost.sh"), *flags, SCRIPT, *self.flags]
+        return [host.run(*words, **site, NODE_RANK=str(host.number)) for host in self.hosts]
+
     def port_blocked(self) -> str:
         """node1 cannot reach the port of node0."""
         rule = ["rule", "{}", "ipproto", "tcp", "dport", "29500", "unreachable"]
@@ -196,15 +209,10 @@ class Rehearsal:
             return "skipped: this kernel has no routing rules by port"
         try:
             self.clear()
-            run = str(ROOT / "scripts" / "run_multihost.sh")
-            launches = []
-            for host in self.hosts:
-                site = {"NNODES": "2", "NODE_RANK": str(host.number), "MASTER_ADDR": MASTER, "GPUS_PER_HOST": "1"}
-                launches.append(host.run("bash", run, SCRIPT, *self.flags, **site, RDZV_TIMEOUT="15"))
-            codes = self.wait(launches, 90)
+            codes = self.wait(self.start(), 90)
         finally:
             self.hosts[1].do("ip", *[word.format("delete") for word in rule])
-        self.show("run_multihost|causes|^  ")
+        self.show("run_multihost.sh:")
         if 0 in codes:
             raise Failed(f"exit codes {codes}")
         self.expect("firewall", 0, 1)
@@ -283,6 +291,73 @@ class Rehearsal:
             raise Failed(f"exit codes {codes}")
         rate = json.loads((self.hosts[0].folder / "run" / "summary.json").read_text())["tokens_per_second"]
         return f"link of {kind}: {rate:.0f} tokens/s, without limits {self.rate:.0f}"
+
+    def elastic(self) -> str:
+        """A rank of node1 is killed. torchrun starts all ranks again, and they go on from the last checkpoint."""
+        self.reference()
+        self.clear()
+        launches = self.start("--elastic", "--max-restarts", "2", RDZV_TIMEOUT="60")
+        self.until_step(SAVE + 50, launches)
+        workers = [process for process in self.hosts[1].processes() if SCRIPT in process.cmdline()[1:3]]
+        workers[-1].kill()
+        codes = self.wait(launches, 120)
+        self.show("resumed|saved|exitcode")
+        if codes != [0, 0]:
+            raise Failed(f"exit codes {codes}")
+        self.expect(f"resumed from run/checkpoints/step{SAVE} at step {SAVE}")
+        self.same_as_undisturbed()
+        return "restarted; losses and final weights are those of the undisturbed run"
+
+    def hostfile(self) -> str:
+        """One command on node0: the deepspeed launcher starts the ranks of both hosts over ssh."""
+        if Path("/proc/self/uid_map").read_text().split()[:2] != ["0", "0"]:
+            return "skipped: sshd needs root itself"
+        if missing := [tool for tool in ("/usr/sbin/sshd", "ssh-keygen", "pdsh") if not shutil.which(tool)]:
+            return f"skipped: no {' '.join(missing)} (on Debian and Ubuntu, apt-get install openssh-server pdsh)"
+        if shutil.which("nvidia-smi"):
+            return "skipped: both hosts would take the one machine's GPUs"
+        self.reference()
+        self.clear()
+        servers = self.start_sshd()
+        try:
+            (self.hosts[0].folder / "hostfile").write_text(f"{MASTER} slots=1\n172.25.0.200 slots=1\n")
+            run = str(ROOT / "scripts" / "run_multihost.sh")
+            launch = self.hosts[0].run(
+                "bash", run, "--launcher", "deepspeed", "--hostfile", "hostfile", SCRIPT, *self.flags
+            )
+            codes = self.wait([launch])
+        finally:
+            for server in servers:
+                server.kill()
+        if codes != [0]:
+            print(self.hosts[0].screen()[-3000:])
+            raise Failed(f"exit code {codes[0]}")
+        self.same_as_undisturbed()
+        return "trained on both hosts from one; losses and final weights are those of torchrun"
+
+    def start_sshd(self) -> list[subprocess.Popen]:
+        """A server on each host, with keys made here; in here only, ~/.ssh is a folder that knows them."""
+        folder = self.hosts[0].folder.with_name("ssh")
+        folder.mkdir(mode=0o700)
+        for key in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+        (folder / "config").write_text(
+            f"Port 2222\nIdentityFile {folder}/user\nStrictHostKeyChecking accept-new\n"
+            f"UserKnownHostsFile {folder}/known_hosts\n"
+        )
+        own = Path.home() / ".ssh"
+        own.mkdir(mode=0o700, exist_ok=True)
+        Path("/run/sshd").mkdir(exist_ok=True)
+        servers = []
+        for host in self.hosts:
+            options = {"Port": 2222, "HostKey": folder / "host", "AuthorizedKeysFile": folder / "user.pub"}
+            options |= {"StrictModes": "no", "UsePAM": "no", "PermitRootLogin": "yes", "PidFile": "none"}
+            host.do("mount", "--bind", str(folder), str(own))
+            words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+            servers.append(subprocess.Popen([*host.enter(), "/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", *words],
+                                            stderr=subprocess.DEVNULL))  # fmt: skip
+        time.sleep(1)
+        return servers
 
 
 def main() -> None:
