@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -1106,12 +1107,14 @@ class EngineRun:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
         self.model, self.args, self.step = engine, args, 0
         self.best, self.seconds, self.saving = None, 0.0, 0.0
+        self.progress, self.stepping, self.watcher = 0, False, None
         self.num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
 
     def forward_backward(self, batches: Iterator) -> torch.Tensor:
         """This rank's mean loss over its micro batches; the engine scales the gradients and adds them up."""
-        losses = []
+        losses, self.stepping = [], True
         for inputs, targets in batches:
+            self.progress += 1
             if losses:
                 self.model.step()  # between two micro batches it only counts
             loss = self.model(inputs, targets)
@@ -1121,6 +1124,34 @@ class EngineRun:
 
     def update(self) -> None:
         self.model.step()
+        self.stepping = False
+        if self.watcher is None and world_size() > 1:  # not before: a first step may compile for long
+            self.watcher = threading.Thread(target=self.watch, daemon=True)
+            self.watcher.start()
+
+    def watch(self) -> None:
+        """Tell the other ranks how far this one is. The first two also look at all and, where a step takes longer than
+        --stall_timeout seconds, end the run with the name of the rank that the others wait for."""
+        limit, pause = self.args.stall_timeout, self.args.stall_timeout / 20
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        heard, said, mine, since = {}, {}, None, time.monotonic()
+        for beat in itertools.count():
+            store.set(str(rank()), json.dumps([beat, self.progress, socket.gethostname()]))
+            for other in range(world_size() if rank() < 2 else 0):
+                if said.get(other) != (word := store.get(str(other))):
+                    heard[other], said[other] = time.monotonic(), word
+            if not self.stepping or mine != self.progress:
+                mine, since = self.progress, time.monotonic()
+            time.sleep(pause)
+            if said and time.monotonic() - since > limit:
+                cards = {other: json.loads(word) for other, word in said.items()}
+                silent = [other for other in cards if time.monotonic() - heard[other] > 4 * pause]
+                behind = [other for other in cards if cards[other][1] < max(card[1] for card in cards.values())]
+                names = " and ".join(f"rank {other} on host {cards[other][2]}" for other in silent or behind)
+                reason = "answers no more" if silent else "is behind: see what it does there"
+                end_alone(f"step {self.step + 1} takes more than {limit} s: {names or 'no rank'} {reason}. The same "
+                          "command continues from the last checkpoint")  # fmt: skip
 
     def learning_rate(self) -> float:
         return self.model.get_lr()[0]
@@ -1136,7 +1167,8 @@ class EngineRun:
         return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters])
 
     def save(self, folder: Path) -> None:
-        self.model.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # wanted by ds_to_universal
+        self.model.save_checkpoint(str(folder.parent), tag=folder.name, client_state=universal, save_latest=False)
 
     def has(self, folder: Path) -> bool:
         """Whether this rank's own part is there: without it DeepSpeed only warns, and trains on from fresh weights."""
@@ -1168,6 +1200,17 @@ def stage_problems(config: dict) -> list[str]:
 
 
 class OffloadRun(EngineRun):
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        # ZeRO-Offload: DeepSpeedCPUAdam's C++ multiplies the powers of beta up step by step, and after a load takes them
+        # anew, a last digit off. The steps before, on a scrap of memory, bring it to where it was.
+        adam, scrap = self.model.basic_optimizer, [torch.zeros(1) for _ in range(4)]
+        if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
+            group, taken = adam.param_groups[0], max(state["step"] for state in adam.state.values())
+            numbers = [*group["betas"], group["eps"], 0.0, group["bias_correction"]]
+            for step in range(1, int(taken) + 1):
+                adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *numbers, *scrap)
+
     def held(self) -> dict[str, int]:
         """ZeRO-Offload: what lies on NVMe is no tensor of this process; its size is that of the rank's swap files. What
         is under 1 MiB DeepSpeed keeps in memory."""
@@ -1209,6 +1252,7 @@ def main() -> None:
     parser = build_parser()
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
     parser.add_argument("--rendezvous_timeout", type=int, default=300, help="seconds to wait for the other ranks")
+    parser.add_argument("--stall_timeout", type=int, default=600, help="seconds after which a step counts as stuck")
     args = parser.parse_args()
     check_args(parser, args)
     device = start_distributed(args)
