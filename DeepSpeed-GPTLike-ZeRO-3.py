@@ -141,7 +141,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
-            parser.error(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+            limit = "below 2**31" if value >= 2**31 else f"{'at least' if name in may_be_zero else 'above'} 0"
+            parser.error(f"--{name} {value}: must be {limit}")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} must be below 1")
     if args.d_model % args.n_head:

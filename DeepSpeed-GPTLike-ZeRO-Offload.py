@@ -140,7 +140,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
-            parser.error(f"--{name} {value}: must be {'at least' if name in may_be_zero else 'above'} 0")
+            limit = "below 2**31" if value >= 2**31 else f"{'at least' if name in may_be_zero else 'above'} 0"
+            parser.error(f"--{name} {value}: must be {limit}")
     if args.dropout >= 1:
         parser.error(f"--dropout {args.dropout} must be below 1")
     if args.d_model % args.n_head:
@@ -1202,8 +1203,8 @@ def stage_problems(config: dict) -> list[str]:
 class OffloadRun(EngineRun):
     def load(self, folder: Path) -> None:
         super().load(folder)
-        # ZeRO-Offload: DeepSpeedCPUAdam's C++ multiplies the powers of beta up step by step, and after a load takes them
-        # anew, a last digit off. The steps before, on a scrap of memory, bring it to where it was.
+        # ZeRO-Offload: DeepSpeedCPUAdam's C++ multiplies the powers of beta up step by step, and after a load takes
+        # them anew, a last digit off. The steps before, on a scrap of memory, bring it to where it was.
         adam, scrap = self.model.basic_optimizer, [torch.zeros(1) for _ in range(4)]
         if isinstance(adam, deepspeed.ops.adam.DeepSpeedCPUAdam):
             group, taken = adam.param_groups[0], max(state["step"] for state in adam.state.values())
