@@ -15,6 +15,7 @@ Source: ZeRO, arXiv:1910.02054, section 5.1; https://www.deepspeed.ai/docs/confi
 """
 
 import argparse
+import contextlib
 import difflib
 import fcntl
 import functools
@@ -922,17 +923,25 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu")
 
 
+def connect(seconds: int) -> dist.Store:
+    """The key-value store at MASTER_ADDR:MASTER_PORT, which torchrun serves itself, and otherwise rank 0."""
+    mine = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False, "multi_tenant": True}
+    store = dist.TCPStore(host, port, is_master=mine, **patience)
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
 def join_ranks(backend: str, seconds: int) -> None:
     """Meet all ranks at MASTER_ADDR:MASTER_PORT. UserError with those that are missing after that many seconds."""
-    patience, keys, store = timedelta(seconds=seconds), [f"rank{other}" for other in range(world_size())], None
+    keys, store = [f"rank{other}" for other in range(world_size())], None
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     trouble = f"{world_size()} ranks did not meet at {place} in {seconds} s"
     (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}. {NO_MEETING}"])).start()  # gloo waits longer
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = connect(seconds)
         store.set(keys[rank()], socket.gethostname())
-        store.wait(keys, patience)
+        store.wait(keys, timedelta(seconds=seconds))
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
         deepspeed.init_distributed(backend)  # takes what is there
     except RuntimeError as error:  # of the store, or of gloo or NCCL
@@ -1131,23 +1140,31 @@ class EngineRun:
             self.watcher.start()
 
     def watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone with rank 0: gloo or NCCL tell that
+            self.compare_progress(dist.PrefixStore("watch", connect(60)))
+
+    def compare_progress(self, store: dist.Store) -> None:
         """Tell the other ranks how far this one is. The first two also look at all and, where a step takes longer than
         --stall_timeout seconds, end the run with the name of the rank that the others wait for."""
         limit, pause = self.args.stall_timeout, self.args.stall_timeout / 20
-        store, *_ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         heard, said, mine, since = {}, {}, None, time.monotonic()
         for beat in itertools.count():
+            began = time.monotonic()
+            guard = threading.Timer(limit, end_alone, ["rank 0, or the host at MASTER_ADDR, answers no more"])
+            guard.daemon = True
+            guard.start()
             store.set(str(rank()), json.dumps([beat, self.progress, socket.gethostname()]))
             for other in range(world_size() if rank() < 2 else 0):
                 if said.get(other) != (word := store.get(str(other))):
                     heard[other], said[other] = time.monotonic(), word
-            if not self.stepping or mine != self.progress:
-                mine, since = self.progress, time.monotonic()
+            guard.cancel()
             time.sleep(pause)
-            if said and time.monotonic() - since > limit:
+            now = time.monotonic()
+            if not self.stepping or mine != self.progress or now - began > 4 * pause:  # or this one was stopped
+                mine, since = self.progress, now
+            elif said and now - since > limit:
                 cards = {other: json.loads(word) for other, word in said.items()}
-                silent = [other for other in cards if time.monotonic() - heard[other] > 4 * pause]
+                silent = [other for other in cards if now - heard[other] > 4 * pause]
                 behind = [other for other in cards if cards[other][1] < max(card[1] for card in cards.values())]
                 names = " and ".join(f"rank {other} on host {cards[other][2]}" for other in silent or behind)
                 reason = "answers no more" if silent else "is behind: see what it does there"
