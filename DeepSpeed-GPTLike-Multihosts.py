@@ -472,10 +472,8 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 # endregion model
 
 
-# region training-loop (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+# region checkpoints (owner: GPTLike-Base.py)
 KEPT = "The checkpoints before it are as they were: free some space, and the same command continues from there"
-FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
 def open_output(args: argparse.Namespace, ds_config: dict) -> None:
@@ -627,28 +625,12 @@ def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpu
     run.load(folder)
     run.step, run.best, run.seconds, run.saving = (saved[name] for name in ("step", "best", "seconds", "saving"))
     log(f"resumed from {folder} at step {run.step}")
+# endregion checkpoints
 
 
-def set_max_steps(args: argparse.Namespace, corpus: Corpus) -> None:
-    global_batch = args.batch_size * args.gradient_accumulation_steps * world_size()
-    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
-    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / global_batch)
-
-
-def lr_factor(step: int, args: argparse.Namespace) -> float:
-    """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
-    if step < args.warmup_steps:
-        return (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
-
-
-def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, device: torch.device) -> Iterator:
-    """This rank's (inputs, targets), each (micro batch, seq), of one optimizer step: its slice of the global batch."""
-    mine = args.batch_size * args.gradient_accumulation_steps
-    index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
-    for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
-        yield tuple(tensor.to(device) for tensor in data[part])
+# region metrics (owner: GPTLike-Base.py)
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
 @torch.no_grad()
@@ -732,6 +714,30 @@ def record(fields: dict, args: argparse.Namespace) -> None:
     if rank() == 0:
         with Path(args.output_dir, "metrics.jsonl").open("a") as file:
             file.write(json.dumps(fields) + "\n")
+# endregion metrics
+
+
+# region training-loop (owner: GPTLike-Base.py)
+def set_max_steps(args: argparse.Namespace, corpus: Corpus) -> None:
+    global_batch = args.batch_size * args.gradient_accumulation_steps * world_size()
+    blocks = (len(corpus.streams["train"]) - 1) // args.block_size
+    args.max_steps = args.max_steps or math.ceil(args.epochs * blocks / global_batch)
+
+
+def lr_factor(step: int, args: argparse.Namespace) -> float:
+    """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+
+def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, device: torch.device) -> Iterator:
+    """This rank's (inputs, targets), each (micro batch, seq), of one optimizer step: its slice of the global batch."""
+    mine = args.batch_size * args.gradient_accumulation_steps
+    index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
+    for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
+        yield tuple(tensor.to(device) for tensor in data[part])
 
 
 def catch_signals() -> list[tuple[int, float]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained model: set-up, ZeRO-2 training on all GPUs (or two CPU ranks), a plot, a sample of text.
+# From a fresh machine to a trained model: set-up, check, ZeRO-2 training on all GPUs (or two CPU ranks), a plot, a sample of text.
 # At most 10 minutes on two CPU cores, installation included; all that it writes is .venv and runs/quickstart.
 # Usage: scripts/quickstart.sh [--dry_run] [TRAINING_FLAGS...]     as in: scripts/quickstart.sh --dataset sample --max_steps 50
 # environment: PYTHON=python3, those of scripts/run_local.sh, and the Hugging Face Hub's (HF_ENDPOINT, HF_HUB_OFFLINE)
@@ -39,6 +39,9 @@ main() {
   title "set-up"
   run bash scripts/setup.sh requirements.txt
   export PATH="$PWD/.venv/bin:$PATH"
+
+  title "environment"
+  run bash scripts/check_env.sh || die "the environment is not fit for training: see the lines that begin with FAIL"
 
   title "training"
   if [[ -n "$dataset" ]]; then

@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
+from conftest import BASE, BIN, ROOT, SCRIPTS, TINY, ZERO, command, free_port, load_script, run
 
 
 @pytest.fixture
@@ -121,6 +126,49 @@ def test_more_ranks_than_gpus(monkeypatch):
     module = load_script(ZERO["zero2"])
     with pytest.raises(module.UserError, match="2 ranks here but 1 GPUs: start one rank per GPU"):
         module.start_distributed(argparse.Namespace(local_rank=0))
+
+
+def host(number: int, port: int, *words: object, **env: str) -> subprocess.Popen:
+    """One of two hosts, as the deepspeed launcher would start its one rank there."""
+    script = ZERO["multihosts"]
+    flags = [str(word) for name, value in TINY.items() for word in (f"--{name}", value)]
+    own = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, str(ROOT / script), *flags, "--max_steps", "1", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | own | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_does_not_come_is_named(number, tmp_path):
+    start, port = time.monotonic(), free_port()
+    launch = host(number, port, "--rendezvous_timeout", 3, "--output_dir", tmp_path / "run")
+    printed = launch.communicate(timeout=60)[0]
+    message = f"2 ranks did not meet at 127.0.0.1:{port} in 3 s, rank{1 - number} missing: "
+    assert launch.returncode == 1 and printed.count(message) == 1 and "Traceback" not in printed
+    causes = ["the command was not started on every host", "a firewall", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "127.*"]
+    places = [printed.index(cause, printed.index("Usual causes")) for cause in causes]
+    assert places == sorted(places) and time.monotonic() - start < 40
+
+
+@pytest.mark.slow
+def test_hosts_that_differ_are_named_with_both_values(tmp_path):
+    (tmp_path / "data").mkdir()
+    text = (ROOT / "README.md").read_text()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.txt").write_text(text)
+    for words, pattern in (
+        (("--batch_size", 2), r"--batch_size is 2 on host \S+, but 8 on host \S+"),
+        (("--dataset", tmp_path / "data"), r"data and tokenizer is \w{12} on host \S+, but \w{12} on host \S+"),
+    ):
+        port = free_port()
+        launches = [host(n, port, "--output_dir", tmp_path / f"run{n}", *(words if n else ())) for n in (0, 1)]
+        for launch in launches:
+            printed = launch.communicate(timeout=90)[0]
+            assert launch.returncode == 1 and len(re.findall(pattern, printed)) == 1, printed
+        assert not (tmp_path / "run0" / "model").exists()
 
 
 @pytest.mark.slow

@@ -80,15 +80,29 @@ def check_tool(path: str, words: list[str]) -> None:
     assert all(word in known for word in words if word.startswith("--")), f"{path} knows only {known}"
 
 
+def load_drills() -> list[str]:
+    """The names that rehearse_multihost.sh knows."""
+    text = (ROOT / "scripts" / "rehearse_multihost.sh").read_text()
+    return re.search(r"^DRILLS=\((.*)\)$", text, re.MULTILINE)[1].split()
+
+
 def check_shell(path: str, words: list[str]) -> None:
     assert re.fullmatch(r"scripts/\w+\.sh", path) and (ROOT / path).is_file(), path
-    if path == "scripts/run_local.sh":
+    source, flags = (ROOT / path).read_text(), {"--launcher": 1, "--hostfile": 1, "--max-restarts": 1}
+    if path in ("scripts/run_multihost.sh", "scripts/run_slurm.sh"):
+        while words[0].startswith("-"):
+            assert words[0] in source, f"{path} knows no {words[0]}"
+            words = words[1 + flags.get(words[0], 0) :]
+        check_training(words[0], words[1:])
+    elif path in ("scripts/check_env.sh", "scripts/rehearse_multihost.sh"):
+        assert all(word in source for word in words if word.startswith("-")), f"{path}: {words}"
+        assert words[:1] != ["--drill"] or words[1] in [*load_drills(), "all"]
+    elif path == "scripts/run_local.sh":
         words = words[1:] if words[0] == "--dry_run" else words
         check_training(words[0], words[1:])
     elif path == "scripts/quickstart.sh":
         check_training("DeepSpeed-GPTLike-ZeRO-2.py", words[1:] if words[:1] == ["--dry_run"] else words)
     else:
-        source = (ROOT / path).read_text()
         for word in words:
             assert word in source or (ROOT / word).exists(), f"{path} knows no {word}"
 
@@ -112,6 +126,8 @@ def check_command(line: str) -> None:
         check_training(args.training_script, args.training_script_args)
     elif first == "bash":
         check_shell(words[0], words[1:])
+    elif first == "sbatch":
+        check_shell("scripts/run_slurm.sh", words[words.index("scripts/run_slurm.sh") + 1 :])
     elif first == "diff":
         assert len(words) == 2 and set(words) <= set(SCRIPTS)
     else:
@@ -164,7 +180,7 @@ def test_files_that_the_readme_names_exist():
 # (c), (d) tables
 def test_the_flags_table_is_the_parsers():
     module = load_script(BASE)
-    wanted = {"--ds_config": "the script's own"}
+    wanted = {"--ds_config": "the script's own", "--rendezvous_timeout": "300", "--stall_timeout": "600"}
     for action in module.build_parser()._actions[1:]:  # the first is --help
         if action.dest in module.DEFAULTS:
             default = f"JSON: {module.DEFAULTS[action.dest]}"
@@ -183,6 +199,20 @@ def leaves(section: dict, path: str = "") -> dict[str, object]:
     for key, value in section.items():
         found |= leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return found
+
+
+@pytest.mark.parametrize("heading", ["One host", "Between hosts"])
+def test_troubles_are_shown_where_the_table_says(heading):
+    """A row names a drill, or a test file that holds most words of its symptom; else it says that nothing shows it."""
+    table, shown = rows(heading), 0
+    for symptom, _, _, place in table:
+        shown += place != "not shown"
+        if place.startswith("tests/"):
+            words, source = re.findall(r"[A-Za-z_]{5,}", symptom), (ROOT / place).read_text()
+            assert sum(word in source for word in words) > len(words) / 2, f"{place} does not show: {symptom}"
+        elif place != "not shown":
+            assert place.removeprefix("drill ") in load_drills()
+    assert len(table) >= 20 and shown >= 17
 
 
 def test_the_config_keys_table_is_that_of_the_files():
