@@ -141,8 +141,8 @@ def test_quickstart_prints_its_commands(machine):
     assert (result.returncode, result.stderr) == (0, "")
     assert f"NOT WikiText-2, since {endpoint} does not answer" in result.stdout
     assert "no NVIDIA GPU, so two CPU ranks" in result.stdout
-    setup, training, plot, export, text = commands(result.stdout)
-    assert setup == "+ bash scripts/setup.sh requirements.txt"
+    setup, check, training, plot, export, text = commands(result.stdout)
+    assert (setup, check) == ("+ bash scripts/setup.sh requirements.txt", "+ bash scripts/check_env.sh")
     launch = "+ deepspeed --num_gpus 2 --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py"
     assert training.startswith(f"{launch} --output_dir runs/quickstart --overwrite --dataset sample ")
     assert training.endswith(" --epochs 1")
@@ -156,7 +156,7 @@ def test_quickstart_asks_the_hub_for_wikitext(machine):
     with HubServer(datasets={"Salesforce/wikitext": repo}) as hub:
         result = machine("quickstart.sh", "--dry_run", HF_ENDPOINT=hub.url)
     assert f"data: WikiText-2 from {hub.url}\n" in result.stdout
-    assert "--dataset" not in commands(result.stdout)[1]
+    assert "--dataset" not in commands(result.stdout)[2]
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_quickstart_takes_the_whole_machine(machine):
     """All GPUs with the scripts' own sizes; and no probe of the Hub where --dataset is given or a cache is in use."""
     for words, env in ((["--dataset", "sample"], {}), ([], {"HF_HUB_OFFLINE": "1"})):
         result = machine("quickstart.sh", "--dry_run", *words, gpus=8, HF_ENDPOINT="http://127.0.0.1:1", **env)
-        training = commands(result.stdout)[1]
+        training = commands(result.stdout)[2]
         assert training.startswith("+ deepspeed --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py ")
         assert "--n_layer" not in training and "NOT WikiText-2" not in result.stdout
         assert training.count("--dataset") == len(words) // 2
