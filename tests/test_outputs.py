@@ -63,32 +63,6 @@ def token_files():
             yield path
 
 
-@pytest.mark.parametrize("config", [None, "zero1", "zero2", "zero3", "zero_offload"])
-def test_the_same_command_goes_on_where_it_stopped(train, tmp_path, config):
-    """Interrupted after 10 of 20 steps, in the middle of an epoch and with dropout on: bit for bit the same losses. The
-    offload's DeepSpeedCPUAdam takes powers of beta anew after a resume, which shows in the last digit of fp32."""
-    options = TINY | {"max_steps": 20, "log_interval": 1, "precision": "fp32", "batch_size": 4, "save_interval": 10}
-    options |= {"ranks": 2, "ds_config": ROOT / "configs" / f"{config}.json"} if config else {"launcher": "python"}
-    whole = train(config, precision="fp32", save_interval=10, batch_size=4, **({"ranks": 2} if config else {}))
-    script = ZERO[config] if config else BASE
-    first = run(command(script, output_dir=tmp_path / "run", **options))
-    assert first.returncode == 0, first.stderr
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step*")) == ["step10", "step20"]
-    assert (checkpoints / "latest").read_text() == "step20"
-    (checkpoints / "latest").write_text("step10")  # as if it had been killed before the second save
-    (tmp_path / "run" / "summary.json").unlink()
-    second = run(command(script, output_dir=tmp_path / "run", **options))
-    assert second.returncode == 0, second.stderr
-    assert "at step 10" in second.stdout
-    resumed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in resumed if "loss" in line]
-    exact = whole.metrics("loss")
-    assert losses == (pytest.approx(exact, abs=2e-6) if config == "zero_offload" else exact)
-    third = run(command(script, output_dir=tmp_path / "run", **options))
-    assert third.returncode == 0 and "this run is finished: 20 steps" in third.stdout
-
-
 @pytest.mark.parametrize("launcher", ["python", "deepspeed", pytest.param("torchrun", marks=pytest.mark.drill)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_launcher(tmp_path, script, launcher):
