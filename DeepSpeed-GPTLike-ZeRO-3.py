@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import secrets
@@ -83,6 +84,9 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}" if (rank() if error.agreed else local_rank()) == 0 else 1)
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            end_alone(f"not enough memory for this model and batch ({str(error).splitlines()[0]}). Less is needed with "
+                      "a smaller --batch_size or --block_size, --activation_checkpointing, or a smaller model")
         if world_size() == 1 or not re.search("(closed|reset) by peer|[Tt]imed out|timeout", str(error)):
             raise
         end_alone(f"another rank is gone or stuck ({str(error).split('. ')[0]}). What it said stands above or on its "
@@ -141,6 +145,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Ends in usage, one message and exit code 2 where a number makes no sense."""
     may_be_zero = {"dropout", "weight_decay", "warmup_steps", "seed", "eval_interval", "save_interval", "local_rank"}
     for name, value in vars(args).items():
+        if isinstance(value, list):  # Python 3.11's argparse makes [] of --name=--
+            parser.error(f"argument --{name}: expected one argument")
         if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
             limit = "below 2**31" if value >= 2**31 else f"{'at least' if name in may_be_zero else 'above'} 0"
             parser.error(f"--{name} {value}: must be {limit}")
@@ -148,8 +154,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--dropout {args.dropout} must be below 1")
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
+    for name in ("output_dir", "dataset", "tokenizer", "resume", "ds_config"):
+        if getattr(args, name, None) == "":
+            parser.error(f"--{name} is empty")
+    inside = os.path.realpath(args.resume).startswith(os.path.realpath(args.output_dir) + os.sep)
+    if args.overwrite and inside and args.resume not in ("auto", "never"):
+        parser.error(f"--overwrite deletes --resume {args.resume} with all of --output_dir: leave one of them out")
     size = args.tokenizer.removeprefix("bpe:")
-    if size != args.tokenizer and not (size.isdecimal() and 256 <= int(size) < 10**6):
+    if size != args.tokenizer and not (re.fullmatch("[0-9]{1,6}", size) and int(size) >= 256):
         parser.error(f"--tokenizer {args.tokenizer}: write bpe:SIZE with a SIZE from 256 to 999999")
 # endregion arguments
 
@@ -241,7 +253,7 @@ def read_texts(dataset: str) -> dict[str, str]:
         held_out = [paragraph for article in articles[::10] for paragraph in article]
         others = [paragraph for article in articles for paragraph in article]  # some topics quote each other
         return {"train": "\n\n".join(p for p in others if p not in held_out), "validation": "\n\n".join(held_out)}
-    if not Path(dataset).is_dir():
+    if not os.path.isdir(dataset):
         raise UserError(f"--dataset {dataset}: no such folder; else write wikitext2 or sample")
     texts, names = {}, sorted(path.name for path in Path(dataset).iterdir())
     for split, stem in {"train": "train", "validation": "val", "test": "test"}.items():
@@ -260,7 +272,10 @@ def read_file(path: Path) -> str:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
-            return join_rows(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+            rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+            if not all(isinstance(row, str) for row in rows):
+                raise ValueError("its column text holds more than text")
+            return join_rows(rows)
         if not (text := path.read_bytes().decode("utf-8")).strip():
             raise UserError(f"{path} is empty")
         return text
@@ -272,7 +287,7 @@ def read_tokenizer(name: str) -> str:
     """A tokenizer's JSON; for bpe:SIZE the name itself, since it is trained only where its tokens are not cached."""
     if name.startswith("bpe:"):
         return name
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
     if name == "gpt2":
         from huggingface_hub import hf_hub_download
 
@@ -280,7 +295,7 @@ def read_tokenizer(name: str) -> str:
     try:
         json.loads(text := path.read_text(encoding="utf-8"))["model"]["vocab"]
         return text
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--tokenizer {name}: {path} is not a tokenizer.json ({error!r})") from error
 
 
@@ -296,18 +311,23 @@ def build_tokenizer(source: str, text: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def checksum(streams: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(streams[split].numpy().tobytes() for split in sorted(streams))).hexdigest()
+def checksum(corpus: str, streams: dict[str, torch.Tensor]) -> str:
+    parts = [corpus.encode()]
+    for split, stream in sorted(streams.items()):
+        parts += [f"{split} {stream.dtype} {[*stream.shape]}".encode(), stream.numpy().tobytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def read_tokens(path: Path) -> Corpus | None:
     """What the cache holds, or None where it is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts, streams = file.metadata(), {split: file.get_tensor(split) for split in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError):
-        return None
-    return Corpus(streams, **json.loads(facts["corpus"])) if facts["checksum"] == checksum(streams) else None
+            facts, streams = file.metadata(), {split: file.get_tensor(split).clone() for split in file.keys()}  # noqa: SIM118
+        if facts["checksum"] == checksum(facts["corpus"], streams):
+            return Corpus(streams, **json.loads(facts["corpus"]))
+    except (OSError, safetensors.SafetensorError, LookupError, TypeError, ValueError):
+        pass
+    return None
 
 
 def prepare_tokens(args: argparse.Namespace) -> Path:
@@ -321,13 +341,20 @@ def prepare_tokens(args: argparse.Namespace) -> Path:
     if read_tokens(path):
         return path
     log(f"tokenizing {args.dataset} into {path}")
-    tokenizer, streams, sizes = build_tokenizer(source, texts["train"]), {}, {}
-    for split, text in texts.items():
-        lines = tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
-        streams[split] = torch.tensor([token for line in lines for token in line.ids], dtype=torch.int32)
-        sizes[split] = {"bytes": len(text.encode()), "words": len(text.split())}
+    streams, sizes = {}, {}
+    try:
+        tokenizer = build_tokenizer(source, texts["train"])
+        for split, text in texts.items():
+            lines = tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
+            streams[split] = torch.tensor([token for line in lines for token in line.ids], dtype=torch.int32)
+            sizes[split] = {"bytes": len(text.encode()), "words": len(text.split())}
+        if any(stream.numel() and stream.max() >= tokenizer.get_vocab_size() for stream in streams.values()):
+            raise ValueError(f"it has ids above its {tokenizer.get_vocab_size()} tokens")
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"--tokenizer {args.tokenizer} does not work: {error}") from error
     corpus = {"sizes": sizes, "tokenizer": tokenizer.to_str(), "vocab_size": tokenizer.get_vocab_size()}
-    facts = {"corpus": json.dumps(corpus | {"digest": digest}), "checksum": checksum(streams)}
+    corpus = json.dumps(corpus | {"digest": digest})
+    facts = {"corpus": corpus, "checksum": checksum(corpus, streams)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(streams, part := path.with_suffix(f".{os.getpid()}"), facts)
@@ -470,6 +497,8 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 # region checkpoints (owner: GPTLike-Base.py)
+FACTS = {"step": int, "best": float | None, "validation_loss": float | None, "seconds": float, "saving": float,
+         "ledger": dict, "settings": dict, "files": dict}  # fmt: skip
 KEPT = "The checkpoints before it are as they were: free some space, and the same command continues from there"
 
 
@@ -482,7 +511,7 @@ def open_output(args: argparse.Namespace, ds_config: dict) -> None:
     together(lambda: None if sees_output(args) or local_rank() != 0 else take_output(args))
     if not args.shared_disk:  # then each host needs all that its own ranks will load
         ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
-    once_per_disk(lambda: write(Path(args.output_dir, "ds_config.json"), ds_config), args)
+    once_per_disk(lambda: write(Path(args.output_dir, ".ds_config.json"), ds_config), args)  # named by resume()
 
 
 def take_output(args: argparse.Namespace) -> None:
@@ -490,11 +519,14 @@ def take_output(args: argparse.Namespace) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this ends
-        for old in [output / "checkpoints", output / "model", *output.glob("*.json*")] if args.overwrite else []:
+        names = "checkpoints model ds_config.json metrics.jsonl summary.json args.json".split()
+        for old in [output / name for name in names] if args.overwrite and (output / "args.json").exists() else []:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         if args.resume == "never" and (output / "args.json").exists():
             raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
-        write(output / "args.json", vars(args))
+        write(output / ".args.json", vars(args))  # renamed by resume(), which may refuse this run
+        if not (output / "args.json").exists():
+            write(output / "args.json", vars(args))
     except BlockingIOError as error:
         raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     except OSError as error:
@@ -504,7 +536,7 @@ def take_output(args: argparse.Namespace) -> None:
 def sees_output(args: argparse.Namespace) -> bool:
     """Whether what rank 0 has just written is to be seen here."""
     try:
-        return json.loads(Path(args.output_dir, "args.json").read_text())["run_id"] == args.run_id
+        return json.loads(Path(args.output_dir, ".args.json").read_text())["run_id"] == args.run_id
     except (OSError, ValueError, LookupError):
         return False
 
@@ -540,7 +572,7 @@ def save(run, args: argparse.Namespace, corpus: Corpus, loss: float | None) -> N
         raise LoneError(f"cannot save {folder}: {str(error).splitlines()[0]}. {KEPT}") from error
     now = time.monotonic()
     run.seconds, run.saving, run.began = run.seconds + now - run.began, run.saving + now - began, now
-    facts = {name: getattr(run, name) for name in ("step", "best", "seconds", "saving")}
+    facts = {name: getattr(run, name) for name in CARRIED}
     facts |= {"validation_loss": loss, "settings": settings(args, corpus)}
     once_per_disk(lambda: seal(folder, facts, run), args)
 
@@ -559,29 +591,35 @@ def seal(folder: Path, facts: dict, run) -> None:
     """The manifest, written last and by rename. Then `latest` names the step, and of the others only the one before and
     the best by validation loss stay."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    write(folder / "run.json", facts | {"files": files})
-    write(folder.with_name("latest"), folder.name)
-    known, _ = whole_steps(folder.parent, "step*", run)
+    try:
+        write(folder / "run.json", facts | {"files": files})
+        write(folder.with_name("latest"), folder.name)
+    except OSError as error:
+        raise UserError(f"cannot save {folder}: {error}. {KEPT}") from error
+    known, _ = whole_steps(folder.parent, "step*", run, facts["settings"])
     best = sorted((facts["validation_loss"], step) for step, facts in known.items() if facts["validation_loss"])[:1]
     keep = {f"step{step}" for step in sorted(known)[-2:] + [step for _, step in best]}
     for path in folder.parent.glob("step*"):
-        if path.name not in keep:
+        if path.name not in keep and path.name[4:].isdecimal():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def whole_steps(root: Path, pattern: str, run) -> tuple[dict[int, dict], list[str]]:
-    """The facts of the checkpoints under root of which this rank has all it needs, and why the others do not count."""
+def whole_steps(root: Path, pattern: str, run, wanted: dict) -> tuple[dict[int, dict], list[str]]:
+    """The facts of the checkpoints under root of which this rank has all it needs, and why the others do not count.
+    Those with other settings than wanted count, too: load() refuses them."""
     known, problems = {}, []
-    for folder in sorted(root.glob(pattern)):
+    for folder in sorted(root.glob(pattern)) if pattern == "step*" else [root / pattern]:
         try:
             facts = json.loads((folder / "run.json").read_text())
+            if wrong := [name for name, kind in FACTS.items() if not isinstance(facts[name], kind)]:
+                raise ValueError(f"run.json has a wrong {' and '.join(wrong)}")
             for name, size in facts["files"].items():
                 if (found := (folder / name).stat().st_size) != size:
                     raise ValueError(f"{name} has {found} bytes instead of {size}")
-            if folder.name != f"step{facts['step']}" or not run.has(folder):
+            if folder.name != f"step{facts['step']}" or facts["settings"] == wanted and not run.has(folder):
                 raise ValueError(f"it has no files of rank {rank()} at this step")
             known[facts["step"]] = facts
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             problems.append(f"{folder} on host {socket.gethostname()} is not a whole checkpoint: {error}")
     return known, problems
 
@@ -590,7 +628,7 @@ def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
     """Continue from --resume PATH, or with auto from the newest step in --output_dir that is whole on every rank."""
     output, path = Path(args.output_dir), Path(args.resume)
     root, pattern = (output / "checkpoints", "step*") if args.resume == "auto" else (path.parent, path.name)
-    mine = whole_steps(root, pattern, run) if args.resume != "never" else ({}, [])
+    mine = whole_steps(root, pattern, run, settings(args, corpus)) if args.resume != "never" else ({}, [])
     found = together(lambda: (socket.gethostname(), *mine))
     problems = list(dict.fromkeys(problem for _, _, problems in found for problem in problems))
     common = set(found[0][1]).intersection(*(known for _, known, _ in found))
@@ -606,8 +644,15 @@ def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
         load(run, root / f"step{max(common)}", mine[0][max(common)], args, corpus)
     if rank() == 0:  # forget what was logged after the checkpoint
         metrics = output / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        write(metrics, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step))
+        try:
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and (now := json.loads(line))["step"] <= run.step
+                    and not (now["step"] == args.max_steps and "validation_loss" in now)]  # finish() logs that again
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise LoneError(f"{metrics} is not what a run writes ({error!r}): mend it or move it away") from error
+        write(metrics, "".join(kept))
+    names = "args.json", "ds_config.json"
+    once_per_disk(lambda: [os.replace(output / f".{name}", output / name) for name in names], args)
 
 
 def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpus) -> None:
@@ -619,14 +664,22 @@ def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpu
         log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "
             "would continue it, --overwrite start afresh")  # fmt: skip
         sys.exit(0)
-    run.load(folder)
-    run.step, run.best, run.seconds, run.saving = (saved[name] for name in ("step", "best", "seconds", "saving"))
+    try:
+        run.load(folder)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise LoneError(f"cannot load {folder}: {reason}. Name another checkpoint with --resume, or start afresh with "
+                        "--overwrite or another --output_dir") from error  # fmt: skip
+    for name in CARRIED:
+        setattr(run, name, saved[name])
     log(f"resumed from {folder} at step {run.step}")
 # endregion checkpoints
 
 
 # region metrics (owner: GPTLike-Base.py)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+CARRIED = ("step", "best", "seconds", "saving", "ledger")  # of a run, through its checkpoints
 FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
@@ -709,8 +762,12 @@ def record(fields: dict, args: argparse.Namespace) -> None:
     """One object in metrics.jsonl and the same as a line on the screen."""
     log(" ".join(f"{name}={value:{FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
     if rank() == 0:
-        with Path(args.output_dir, "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(fields) + "\n")
+        path = Path(args.output_dir, "metrics.jsonl")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise LoneError(f"cannot write {path}: {error}. {KEPT}") from error
 # endregion metrics
 
 
@@ -754,7 +811,7 @@ def catch_signals() -> list[tuple[int, float]]:
 
 def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> dict:
     """The loop that all scripts share; `run` does what differs between them. Returns the ledger."""
-    data, ledger = TokenizedDataset(corpus.streams["train"], args.block_size), {}
+    data = TokenizedDataset(corpus.streams["train"], args.block_size)
     step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
     flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -766,7 +823,7 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
         torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
         loss = run.forward_backward(micro_batches(data, run.step, args, device))
         if run.step == first + 1:
-            ledger = show_ledger(run, args)
+            run.ledger = show_ledger(run, args)
         lr, validation = run.learning_rate(), None
         run.update()
         run.step += 1
@@ -801,7 +858,7 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
         if log_due or eval_due or save_due:
             clock, clocked = time.perf_counter(), run.step
     bar.close()
-    return ledger
+    return run.ledger
 
 
 def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> None:
@@ -813,12 +870,15 @@ def finish(run, ledger: dict, corpus: Corpus, args: argparse.Namespace, device: 
     weights = run.full_weights()
     if rank() > 0:
         return
-    (output / "model").mkdir(exist_ok=True)
-    safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
-    write(output / "model" / "tokenizer.json", corpus.tokenizer)
     shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
     rows = {"vocab_size": corpus.vocab_size, "padded_vocab_size": len(weights["token_embedding.weight"])}
-    write(output / "model" / "config.json", shape | rows)
+    try:
+        (output / "model").mkdir(exist_ok=True)
+        safetensors.torch.save_file(weights, output / "model" / "model.safetensors", {"format": "pt"})
+        write(output / "model" / "tokenizer.json", corpus.tokenizer)
+        write(output / "model" / "config.json", shape | rows)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LoneError(f"cannot write {output / 'model'}: {error}. {KEPT}") from error
     check_model(output / "model", final["validation_loss"], corpus, args, device)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses, rates, peaks = ([line[name] for line in lines if name in line]
@@ -959,6 +1019,16 @@ def join_ranks(backend: str, seconds: int) -> None:
         timer.cancel()
 
 
+def launchers() -> list[psutil.Process]:
+    """The processes of torchrun or deepspeed above this one on this host."""
+    words, found = {"torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch"}, []
+    with contextlib.suppress(psutil.Error):  # those of other users cannot be asked
+        for process in psutil.Process().parents():
+            if words.intersection(Path(word).name for word in process.cmdline()[:4]):
+                found.append(process)
+    return found
+
+
 def refuse_dropped_devices() -> None:
     """The deepspeed launcher drops the user's CUDA_VISIBLE_DEVICES where it is also given a number of GPUs."""
     for parent in psutil.Process().parents():
@@ -981,16 +1051,21 @@ JSON_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumula
     flops_profiler comms_logger tensorboard wandb csv_monitor comet monitor_config compile compression_training
     data_efficiency elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
 POSITIVE = dict.fromkeys(JSON_KEYS[:3], int) | {"lr": float, "gradient_clipping": float}
+VALID_LR_SCHEDULES = deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
+DEEPSPEED_ADAM_KEYS = {"torch_adam", "adam_w_mode", "bias_correction"}
+REFUSALS = (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError, AssertionError, ArithmeticError,
+            LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # fmt: skip
 ADAM_KEYS = "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach".split()
 
 
 def read_json(path: str) -> dict:
     """The settings in a file, read as DeepSpeed reads it: comments are legal."""
     try:
-        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict)
+        twice = deepspeed.runtime.config_utils.dict_raise_error_on_duplicate_keys
+        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=twice)
     except FileNotFoundError:
         raise UserError(f"--ds_config {path}: no such file; the collection's own are in configs/") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not config:
         raise UserError(f"--ds_config {path} holds no settings: write an object with optimizer, zero_optimization, ...")
@@ -1007,6 +1082,8 @@ def key_problems(config: dict) -> list[str]:
         (): dict.fromkeys(JSON_KEYS),
         ("optimizer",): dict.fromkeys(("type", "params", "legacy_fusion")),
         ("optimizer", "params"): dict.fromkeys(ADAM_KEYS) if name.lower() in ("adam", "adamw") else {},
+        ("scheduler",): dict.fromkeys(("type", "params")),
+        ("scheduler", "params"): {},
         ("bf16",): precision.DeepSpeedBF16Config.model_fields,
         ("fp16",): precision.DeepSpeedFP16Config.model_fields,
         ("zero_optimization",): zero.DeepSpeedZeroConfig.model_fields,
@@ -1014,7 +1091,7 @@ def key_problems(config: dict) -> list[str]:
         ("zero_optimization", "offload_param"): offload.DeepSpeedZeroOffloadParamConfig.model_fields,
     }
     problems = []
-    if name.lower() not in deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+    if name.lower() not in deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS and not is_optimizer(name):
         problems.append(f'optimizer.type is {name}: write "optimizer": {{"type": "AdamW", "params": {{"lr": 3e-4}}}}')
     for path, fields in sections.items():
         known = [*fields, *(field.alias for field in fields.values() if field and field.alias)]
@@ -1029,9 +1106,16 @@ def key_problems(config: dict) -> list[str]:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
-            elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and section[key] > 0):
-                problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number")
+            elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and 0 < section[key] < 2**31):
+                problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number below 2**31")
+            elif path in (("bf16",), ("fp16",)) and key == "enabled" and type(section[key]) is not bool:
+                problems.append(f"{'.'.join([*path, key])} is {section[key]!r}: write true or false")
     return problems
+
+
+def is_optimizer(name: str) -> bool:
+    kind = getattr(torch.optim, name, None)
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
 
 
 def offloads(config: dict) -> bool:
@@ -1090,16 +1174,41 @@ def value_problems(args: argparse.Namespace, config: dict, device: torch.device)
     if not problems:
         try:
             deepspeed.DeepSpeedConfig(config)
-        except (pydantic.ValidationError, AssertionError, ValueError, TypeError, AttributeError) as error:
-            problems.append(str(error))
+            problems += trial_problems(config)
+        except REFUSALS as error:
+            problems.append(str(error) or repr(error))
     return problems
+
+
+def trial_problems(config: dict) -> list[str]:
+    """What PyTorch's optimizer and the JSON's scheduler say to their numbers, on a scrap of a parameter."""
+    name, params = config["optimizer"]["type"], config["optimizer"]["params"]
+    name = {"adam": "Adam", "adamw": "AdamW"}.get(name.lower(), name)
+    if not is_optimizer(name):
+        return []  # DeepSpeed's own
+    try:
+        what, given = "optimizer", {key: params[key] for key in params if key not in DEEPSPEED_ADAM_KEYS}
+        optimizer = getattr(torch.optim, name)([torch.zeros(1)], **given)
+        allowed = config.get("zero_allow_untested_optimizer")
+        if not allowed and type(optimizer) not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
+            return [f'optimizer.type is {name}, with which ZeRO wants "zero_allow_untested_optimizer": true']
+        if "scheduler" in config:
+            what, kind, given = "scheduler", config["scheduler"].get("type"), config["scheduler"].get("params", {})
+            places = [place for place in (deepspeed.runtime.lr_schedules, torch.optim.lr_scheduler)
+                      if isinstance(getattr(place, str(kind), None), type)]  # fmt: skip
+            if not places:
+                return [f"scheduler.type is {kind}: write one of {', '.join(VALID_LR_SCHEDULES)}"]
+            getattr(places[0], kind)(optimizer, **given)
+    except REFUSALS as error:
+        return [f"{what}.params: {error or repr(error)}"]
+    return []
 
 
 def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
     """The settings that DeepSpeed gets. UserError with all problems of the JSON in one message."""
     config = read_json(args.ds_config)
     problems = key_problems(config)
-    if isinstance(config.get("zero_optimization", {}), dict):
+    if not any(problem.endswith("is not an object") for problem in problems):
         problems += stage_problems(config)
     if not problems:
         take_flags(args, config)
@@ -1123,8 +1232,8 @@ class EngineRun:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
         self.model, self.args, self.step = engine, args, 0
-        self.best, self.seconds, self.saving = None, 0.0, 0.0
-        self.progress, self.stepping, self.watcher = 0, False, None
+        self.best, self.seconds, self.saving, self.ledger = None, 0.0, 0.0, {}
+        self.progress, self.stepping, self.watcher, self.launchers = 0, False, None, launchers()
         self.num_params = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
 
     def forward_backward(self, batches: Iterator) -> torch.Tensor:
@@ -1141,7 +1250,9 @@ class EngineRun:
 
     def update(self) -> None:
         self.model.step()
-        self.stepping = False
+        if not all(launcher.is_running() for launcher in self.launchers):  # deepspeed's passes SIGTERM not on
+            self.launchers = []
+            signal.raise_signal(signal.SIGTERM)
         if self.watcher is None and world_size() > 1:  # not before: a first step may compile for long
             self.watcher = threading.Thread(target=self.watch, daemon=True)
             self.watcher.start()
@@ -1167,7 +1278,8 @@ class EngineRun:
             guard.cancel()
             time.sleep(pause)
             now = time.monotonic()
-            if not self.stepping or mine != self.progress or now - began > 4 * pause:  # or this one was stopped
+            stepping, was_stopped = self.stepping and self.model.training, now - began > 4 * pause
+            if not stepping or was_stopped or mine != self.progress:
                 mine, since = self.progress, now
             elif said and now - since > limit:
                 cards = {other: json.loads(word) for other, word in said.items()}
@@ -1192,6 +1304,7 @@ class EngineRun:
         return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters])
 
     def save(self, folder: Path) -> None:
+        self.stepping = False
         universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # wanted by ds_to_universal
         self.model.save_checkpoint(str(folder.parent), tag=folder.name, client_state=universal, save_latest=False)
 
@@ -1205,6 +1318,7 @@ class EngineRun:
             raise UserError(f"DeepSpeed could not load {folder}: its warning is above")
 
     def full_weights(self) -> dict[str, torch.Tensor]:
+        self.stepping = False  # what follows, rank 0 does alone
         return {name: whole(weight) for name, weight in self.model.module.named_parameters()}
 # endregion engine-run
 

@@ -22,6 +22,8 @@ matplotlib.use("Agg")  # files only: works without a display
 from matplotlib import pyplot
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for all eyes
+NUMBERS = set("""parameters loss validation_loss validation_perplexity validation_bits_per_byte tokens_per_second
+    peak_memory_gib""".split())
 DASHES = ("-", "--", ":")  # the next round of colours, when there are more runs than colours
 
 
@@ -45,15 +47,28 @@ def read_lines(path: Path) -> list[dict]:
 
     Raises ValueError naming path and line where anything else is no object with a step.
     """
-    *complete, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *complete, _ = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     lines = []
     for number, text in enumerate(complete, start=1):
         try:
             lines.append(json.loads(text))
-            int(lines[-1]["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON object with a step: {text[:60]}") from error
+            sound = type(lines[-1]["step"]) is int
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError(f"{path}, line {number} is no JSON object with a step: {text[:60]}")
+        check_numbers(lines[-1], f"{path}, line {number}")
     return lines
+
+
+def check_numbers(fields: dict, place: str) -> None:
+    """Raises ValueError where a field that the table shows is no number."""
+    for name in NUMBERS & fields.keys():
+        if type(fields[name]) not in (int, float) or name == "parameters" and type(fields[name]) is not int:
+            raise ValueError(f"{place}: {name} is no number: {fields[name]!r:.60}")
 
 
 def read_object(path: Path) -> dict:
@@ -62,10 +77,11 @@ def read_object(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no JSON object")
+    check_numbers(value, str(path))
     return value
 
 
@@ -77,7 +93,8 @@ def read_runs(folders: list[Path]) -> list[Run]:
         try:
             lines = read_lines(folder / "metrics.jsonl")
             args, summary = read_object(folder / "args.json"), read_object(folder / "summary.json")
-            runs.append(Run(name if names.count(name) == 1 else str(folder), lines, args, summary))
+            name = name if names.count(name) == 1 else str(folder)
+            runs.append(Run("".join(c if c.isprintable() else "?" for c in name), lines, args, summary))
         except FileNotFoundError:
             problems.append(f"{folder} has no metrics.jsonl: give the --output_dir of a training run")
         except (OSError, ValueError) as error:
@@ -134,10 +151,11 @@ def plot_losses(runs: list[Run], path: Path) -> None:
     """Train loss as a thin line, validation loss as points on a thick one, in one colour a run."""
     figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=120, layout="constrained")
     for number, run in enumerate(runs):
+        name = run.name.replace("$", r"\$")  # or matplotlib reads formulas between two of them
         color, dashes = PALETTE[number % len(PALETTE)], DASHES[number // len(PALETTE) % len(DASHES)]
         for field, style in (
-            ("loss", {"linewidth": 1, "marker": ".", "markersize": 3, "label": f"{run.name}: train"}),
-            ("validation_loss", {"linewidth": 2, "marker": "o", "markersize": 5, "label": f"{run.name}: validation"}),
+            ("loss", {"linewidth": 1, "marker": ".", "markersize": 3, "label": f"{name}: train"}),
+            ("validation_loss", {"linewidth": 2, "marker": "o", "markersize": 5, "label": f"{name}: validation"}),
         ):
             steps, values = run.series(field)
             if any(map(math.isfinite, values)):
@@ -152,7 +170,7 @@ def plot_losses(runs: list[Run], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="--output_dir of a training run")
     parser.add_argument("--output", default="runs/comparison", type=Path, help="folder for compare.md and loss.png")
@@ -161,8 +179,8 @@ def main() -> None:
         runs = read_runs(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)
         text = table(runs)
-        (args.output / "compare.md").write_text(text, encoding="utf-8")
         plot_losses(runs, args.output / "loss.png")
+        (args.output / "compare.md").write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(f"compare_runs.py: error: {error}")
     print(text, end="")

@@ -6,6 +6,7 @@ kind of device. Compiled already, each takes a second or two.
 Run: python scripts/compile_ops.py     exit 0: ready, or nothing to compile them with; 1: an op does not build
 """
 
+import argparse
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def announce_wait(lock: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu and not cpp_extension.CUDA_HOME:
         print("no nvcc: DeepSpeed's own Adam is skipped, training takes PyTorch's, which is slower. To have it, "

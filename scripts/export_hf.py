@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -88,20 +89,39 @@ def read_model(folder: Path) -> tuple[dict, dict[str, torch.Tensor], tokenizers.
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}: give the --output_dir of a finished run, or its model/")
     try:
-        shape = json.loads(files[0].read_text(encoding="utf-8"))
-        if absent := {"n_layer", "n_head", "d_model", "block_size", "vocab_size", "padded_vocab_size"} - shape.keys():
-            raise ValueError(f"no {', '.join(sorted(absent))}; is it the model/ of a training run?")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {files[0]}: {error}") from error
-    try:
         weights = load_file(files[1])
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read {files[1]}: {error}") from error
     try:
         json.loads(text := files[2].read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
         raise ValueError(f"cannot read {files[2]}: {error!r}") from error
-    return shape, weights, tokenizers.Tokenizer.from_str(text)
+    try:
+        shape = json.loads(files[0].read_text(encoding="utf-8"))
+        if absent := {"n_layer", "n_head", "d_model", "block_size", "vocab_size", "padded_vocab_size"} - shape.keys():
+            raise ValueError(f"no {', '.join(sorted(absent))}; is it the model/ of a training run?")
+        check_shape(shape, weights, tokenizer)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"cannot read {files[0]}: {error}") from error
+    return shape, weights, tokenizer
+
+
+def check_shape(shape: dict, weights: dict[str, torch.Tensor], tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises ValueError where config.json does not say what the other two files hold, before a model is built by it."""
+    sizes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    rows, width = (sizes.get("token_embedding.weight", []) + [None, None])[:2]
+    blocks = {name.split(".")[1] for name in weights if re.match(r"blocks\.\d+\.", name)}
+    held = {"n_layer": len(blocks), "d_model": width, "block_size": sizes.get("position_embedding.weight", [None])[0]}
+    held |= {"padded_vocab_size": rows, "vocab_size": tokenizer.get_vocab_size()}
+    for name, size in held.items():
+        if type(shape[name]) is not int or shape[name] != size:
+            raise ValueError(f"{name} is {shape[name]!r:.60}, but {size} by the model's other files")
+    heads = shape["n_head"]
+    if type(heads) is not int or not 0 < heads <= width or width % heads:
+        raise ValueError(f"n_head is {heads!r:.60}: the width {width} is no multiple of it")
+    if found := {str(tensor.dtype) for tensor in weights.values() if not tensor.is_floating_point()}:
+        raise ValueError(f"weights are {', '.join(sorted(found))}")
 
 
 def original_model(shape: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
@@ -145,33 +165,49 @@ def largest_difference(model: nn.Module, exported: nn.Module, shape: dict) -> fl
 
 
 def export(source: Path, target: Path) -> None:
-    """Write the folder, read it back, compare. Raises ValueError where anything differs, with both values."""
+    """Write the folder, but only what gives the same logits when read back. Raises ValueError otherwise."""
     if (source / "model").is_dir():
         source = source / "model"
     if target.exists() and target.resolve() == source.resolve():
         raise ValueError(f"{target} is the model itself: choose another OUT_DIR")
-    shape, weights, tokenizer = read_model(source)
-    original = original_model(shape, weights)
-    end_of_text = tokenizer.token_to_id("<|endoftext|>")
-    special = {} if end_of_text is None else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    gpt2_model(shape, weights, end_of_text).save_pretrained(target)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=shape["block_size"], **special
-    )
-    wrapped.save_pretrained(target)
-
-    exported = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    difference = largest_difference(original, exported, shape)
-    if not difference <= TOLERANCE:
-        raise ValueError(f"{target} is wrong: its logits differ from the model's by {difference:.2e}")
-    wanted, found = tokenizer.encode(SENTENCE, add_special_tokens=False).ids, AutoTokenizer.from_pretrained(target)
-    if found(SENTENCE)["input_ids"] != wanted:
-        raise ValueError(f"{target} is wrong: its tokenizer gives {found(SENTENCE)['input_ids']} and not {wanted}")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: choose another OUT_DIR")
+    if target.exists() and any(target.iterdir()) and not (target / "generation_config.json").is_file():
+        raise ValueError(f"{target} holds other files than an export: choose another OUT_DIR")
+    parts = read_model(source)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export", dir=target) as folder:  # nothing is replaced by what is wrong
+        difference = write_and_compare(*parts, Path(folder))
+        for file in Path(folder).iterdir():
+            os.replace(file, target / file.name)
     print(f"exported {source} to {target}; reloaded, its logits differ by {difference:.1e} at most")
 
 
+def write_and_compare(
+    shape: dict, weights: dict[str, torch.Tensor], tokenizer: tokenizers.Tokenizer, folder: Path
+) -> float:
+    """The largest difference between logits. Raises ValueError where more differs than rounding explains."""
+    original = original_model(shape, weights)
+    end_of_text = tokenizer.token_to_id("<|endoftext|>")
+    special = {} if end_of_text is None else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    gpt2_model(shape, weights, end_of_text).save_pretrained(folder)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=shape["block_size"], **special
+    )
+    wrapped.save_pretrained(folder)
+
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    difference = largest_difference(original, exported, shape)
+    if not difference <= TOLERANCE:
+        raise ValueError(f"the export is wrong: its logits differ from the model's by {difference:.2e}")
+    wanted, found = tokenizer.encode(SENTENCE, add_special_tokens=False).ids, AutoTokenizer.from_pretrained(folder)
+    if found(SENTENCE)["input_ids"] != wanted:
+        raise ValueError(f"the export is wrong: its tokenizer gives {found(SENTENCE)['input_ids']} and not {wanted}")
+    return difference
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL_OR_RUN_DIR", type=Path, help="--output_dir of a run, or its model/")
     parser.add_argument("target", metavar="OUT_DIR", type=Path, help="folder to write")
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", metavar="EXPORTED_DIR", type=Path, help="what export_hf.py has written")
     parser.add_argument("--prompt", required=True, help="text to continue")
@@ -31,9 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not args.prompt:
         parser.error("--prompt is empty: write at least a word")
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # bytes that Python could not decode
+        parser.error("--prompt is not UTF-8")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < 2**31:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+        if not least <= (value := getattr(args, name)) < 2**31:
+            parser.error(f"--{name} {value}: must be {'below 2**31' if value >= 2**31 else f'at least {least}'}")
 
 
 def generate(args: argparse.Namespace) -> str:
@@ -42,8 +44,11 @@ def generate(args: argparse.Namespace) -> str:
         raise ValueError(f"{args.model} is no exported model: run scripts/export_hf.py RUN_DIR {args.model} first")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.type == "cuda" else torch.float32  # many CPUs have no fast bf16
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    except Exception as error:
+        raise ValueError(f"cannot read {args.model}: {(str(error) or repr(error)).splitlines()[0]}") from error
     prompt = tokenizer(args.prompt, return_tensors="pt").to(device)
     room = model.config.n_positions - prompt["input_ids"].shape[1]
     if args.max_new_tokens > room:

@@ -30,7 +30,7 @@ KINDS = ("parameters", "gradients_and_buckets", "optimizer_states")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32", help="of weights and activations")
     return parser
 

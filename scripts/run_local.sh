@@ -10,7 +10,7 @@ die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 # CUDA_VISIBLE_DEVICES and takes the first GPUs, so that the two never go together.
 which_devices() {
   local gpus=$1 ranks=${NUM_GPUS:-} visible=${CUDA_VISIBLE_DEVICES-unset} ids=()
-  [[ -z "$ranks" || "$ranks" =~ ^[1-9][0-9]*$ ]] || die "NUM_GPUS=$ranks is not a number of ranks" 2
+  [[ -z "$ranks" || "$ranks" =~ ^[1-9][0-9]{0,3}$ ]] || die "NUM_GPUS=$ranks is not a number of ranks" 2
   if [[ "$visible" == unset || ( -z "$visible" && "$gpus" == 0 ) ]]; then
     [[ -n "$ranks" || "$gpus" != 0 ]] || ranks=2
     [[ -z "$ranks" ]] || printf '%s\n' --num_gpus "$ranks"
@@ -26,19 +26,20 @@ the variable and take the first GPUs): unset one of the two" 2
 }
 
 main() {
-  local root dry_run=false gpus devices cmd=()
+  local root dry_run=false gpus devices port=${MASTER_PORT:-29500} cmd=()
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
-  [[ "${1:-}" == *.py && -f "$1" ]] || die "no such script: ${1:-(none given)}; there are: $(
+  [[ "${1:-}" == *.py && "$1" != -* && -f "$1" ]] || die "no such script: ${1:-(none given)}; there are: $(
     cd "$root" && printf '%s ' ./*GPTLike*.py | sed 's|\./||g')" 2
   if [[ "${1##*/}" == GPTLike-Base.py ]]; then
     [[ "${NUM_GPUS:-1}" == 1 ]] || die "GPTLike-Base.py trains in one process, NUM_GPUS=$NUM_GPUS: unset it" 2
     cmd=(python "$@")
   else
+    [[ "$port" =~ ^[1-9][0-9]{0,4}$ && "$port" -le 65535 ]] || die "MASTER_PORT=$port is no port" 2
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
     devices=$(which_devices "$gpus")
     [[ -z "$devices" ]] || mapfile -t cmd <<< "$devices"
-    cmd=(deepspeed "${cmd[@]}" --master_port "${MASTER_PORT:-29500}" "$@")
+    cmd=(deepspeed "${cmd[@]}" --master_port "$port" "$@")
   fi
   printf '+'; printf ' %q' "${cmd[@]}"; echo
   if "$dry_run"; then return; fi

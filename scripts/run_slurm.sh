@@ -15,7 +15,7 @@ die() { printf '%s: %s\n' run_slurm.sh "$1" >&2; exit "${2:-1}"; } # sbatch runs
 main() {
   local dry_run=false names nodes port=${MASTER_PORT:-29500} on_node cmd
   if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
-  cd "${SLURM_SUBMIT_DIR:-.}" # that copy lies elsewhere, too
+  cd "${SLURM_SUBMIT_DIR:-.}" 2>/dev/null || die "SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR is no folder" # a copy runs
   [[ "${1:-}" == *.py && "$1" != -* && -f "$1" ]] || die "no such script in $PWD: ${1:-(none given)}" 2
   [[ "$port" =~ ^[1-9][0-9]{0,4}$ && "$port" -le 65535 ]] || die "MASTER_PORT=$port is no port" 2
   [[ "${GPUS_PER_HOST:-1}" =~ ^[1-9][0-9]{0,3}$ ]] || die "GPUS_PER_HOST=$GPUS_PER_HOST is no number of ranks" 2

@@ -12,6 +12,7 @@ make_venv() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$("$python" -V) is too old, transformers 5 needs Python 3.11 or newer: set PYTHON=/path/to/python3.11"
   echo "making .venv with $("$python" -V)"
+  [[ ! -e .venv || -f .venv/pyvenv.cfg ]] || die "$PWD/.venv is no virtual environment: move it out of the way"
   "$python" -m venv --clear .venv || die "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
 }
 
@@ -41,6 +42,7 @@ compile_ops() {
 
 main() {
   local file=${1:-requirements.txt}
+  [[ $# -le 1 ]] || die "one requirements file at a time, not $2" 2
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   [[ -f "$file" && "$file" == requirements*.txt ]] || die "no such requirements file: $file" 2
   make_venv

@@ -14,6 +14,7 @@ reader who follows the teaching order first meets it; owner and copies carry the
 """
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -146,7 +147,7 @@ def apply(edits: list[Edit], path: Path, data: bytes) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     root = Path(__file__).resolve().parent.parent
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--root", type=Path, default=root, metavar="DIR", help="default: %(default)s")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="bring stale copies up to date")
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 all equal or written, 1 stale copies, 2 malformed regions."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    scripts = {name: (args.root / name).read_bytes() for name in SCRIPTS if (args.root / name).is_file()}
+    scripts = {name: (args.root / name).read_bytes() for name in SCRIPTS if os.path.isfile(args.root / name)}
     if not scripts:
         parser.error(f"none of the scripts is in {args.root}")
     groups, problems = survey(scripts)

@@ -23,6 +23,7 @@ main() {
     --) shift ;;
     --*) die "unknown flag $1: write --fast, --all or --, and after it what pytest is to get" 2 ;;
   esac
+  [[ "${1:-}" != --fast && "${1:-}" != --all ]] || die "--fast and --all: one at a time" 2
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   part set-up bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
   export PATH="$PWD/.venv/bin:$PATH"

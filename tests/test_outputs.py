@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from conftest import BASE, ROOT, SCRIPTS, TINY, ZERO, command, load_script, run
+from conftest import BASE, SCRIPTS, TINY, ZERO, command, load_script, run
 from safetensors import safe_open
 
 LINE = re.compile(

@@ -208,7 +208,7 @@ def test_export_refuses(trained, tmp_path, damage):
         message = "cannot read .*model.safetensors: "
     else:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 4}))
-        message = "the weights do not fit GPTLike-Base.py's GPTLike: "
+        message = "cannot read .*config.json: n_layer is 4, but 3 by the model's other files"
     with pytest.raises(ValueError, match=message):
         export.export(tmp_path, target)
     assert not (tmp_path / "gpt2").exists()
