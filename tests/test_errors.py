@@ -95,7 +95,8 @@ def test_resume(stopped, tmp_path, monkeypatch):
     step.mkdir(parents=True)
     (step.parent / "latest").write_text("step5")
     (step / "state.pt").write_bytes(b"12345")
-    facts = {"step": 5, "settings": {"n_layer": 4}, "files": {"state.pt": 5}}
+    facts = {"step": 5, "settings": {"n_layer": 4}, "files": {"state.pt": 5}, "ledger": {}}
+    facts |= {"best": None, "validation_loss": None, "seconds": 0.5, "saving": 0.1}
     (step / "run.json").write_text(json.dumps(facts))
     message = stopped()
     assert "step5 has ZeRO stage None, this run 0" in message and "--overwrite or another --output_dir" in message
@@ -213,4 +214,6 @@ def test_every_script_stops_the_same_way():
     texts = {script: (ROOT / script).read_text() for script in SCRIPTS}
     for script, text in texts.items():
         assert text.endswith('if __name__ == "__main__":\n    stop_on_user_error(main)\n'), script
-        assert "except Exception" not in text and "eval(" not in text.replace(".eval(", ""), script
+        assert "eval(" not in text.replace(".eval(", ""), script
+        broad = ["except Exception as error:  # tokenizers raises nothing narrower"]
+        assert re.findall("except Exception.*", text) == broad, script
