@@ -648,9 +648,9 @@ def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
             kept = [line for line in lines if line.endswith("\n") and (now := json.loads(line))["step"] <= run.step
                     and not (now["step"] == args.max_steps and "validation_loss" in now)]  # finish() logs that again
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            write(metrics, "".join(kept))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise LoneError(f"{metrics} is not what a run writes ({error!r}): mend it or move it away") from error
-        write(metrics, "".join(kept))
     names = "args.json", "ds_config.json"
     once_per_disk(lambda: [os.replace(output / f".{name}", output / name) for name in names], args)
 
@@ -658,7 +658,9 @@ def resume(run, args: argparse.Namespace, corpus: Corpus) -> None:
 def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpus) -> None:
     for name, wanted in settings(args, corpus).items():
         if (had := saved["settings"].get(name)) != wanted:
-            raise UserError(f"{folder} has {name} {had}, this run {wanted}: take the former, or start afresh with "
+            movable = name in ("world size", "ZeRO stage") and args.zero_stage and saved["settings"].get("ZeRO stage")
+            way = ", move it with scripts/reshape_checkpoint.py" if movable else ""
+            raise UserError(f"{folder} has {name} {had}, this run {wanted}: take the former{way}, or start afresh with "
                             "--overwrite or another --output_dir")  # fmt: skip
     if saved["step"] >= args.max_steps and together(Path(args.output_dir, "summary.json").exists)[0]:
         log(f"this run is finished: {saved['step']} steps, see {args.output_dir}/summary.json. More --max_steps "

@@ -451,7 +451,9 @@ def test_other_stages_and_world_sizes_are_refused(train, base, tmp_path, made_by
     done = run(command(ZERO[config] if config else BASE, output_dir=folder, **words, **flags))
     printed = done.stdout + done.stderr
     assert done.returncode == 1, printed
-    assert printed.count(f" has {name} {had}, this run {wanted}: take the former, or start afresh with") == 1, printed
+    way = "" if made_by == "base" or config is None else ", move it with scripts/reshape_checkpoint.py"
+    message = f" has {name} {had}, this run {wanted}: take the former{way}, or start afresh with"
+    assert printed.count(message) == 1, printed
     assert (folder / "metrics.jsonl").read_text() == lines
 
 
