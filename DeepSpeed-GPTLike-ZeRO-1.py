@@ -65,9 +65,7 @@ DEFAULT_DS_CONFIG = "configs/zero1.json"
 
 # region arguments (owner: GPTLike-Base.py)
 class UserError(Exception):
-    """Something that the user can mend: one message, exit code 1, no traceback."""
-
-    agreed = False  # whether it is raised on all ranks of all hosts, so that rank 0 alone prints it
+    """Something that the user can mend: one message on each host's screen, exit code 1, no traceback."""
 
 
 class LoneError(UserError):
@@ -81,7 +79,7 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
     except LoneError as error:
         end_alone(str(error))
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}" if (rank() if error.agreed else local_rank()) == 0 else 1)
+        sys.exit(f"{Path(__file__).name}: error: {error}" if local_rank() == 0 else 1)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end_alone(f"not enough memory for this model and batch ({str(error).splitlines()[0]}). Less is needed with "
@@ -948,11 +946,11 @@ def together(work: Callable[[], object]) -> list:
         outcome = None, f"host {socket.gethostname()}: {error}" if several else str(error)
     outcomes = [outcome] * world_size()
     dist.all_gather_object(outcomes, outcome)
+    with contextlib.suppress(RuntimeError):  # nobody leaves, and cuts its connections, before all have heard
+        dist.barrier()
     for _, failure in outcomes:
         if failure:
-            error = UserError(failure)
-            error.agreed = True
-            raise error
+            raise UserError(failure)
     return [result for result, _ in outcomes]
 
 

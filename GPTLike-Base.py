@@ -51,9 +51,7 @@ BETAS, EPS, GRADIENT_CLIPPING = (0.9, 0.95), 1e-8, 1.0
 
 # region arguments (owner: GPTLike-Base.py)
 class UserError(Exception):
-    """Something that the user can mend: one message, exit code 1, no traceback."""
-
-    agreed = False  # whether it is raised on all ranks of all hosts, so that rank 0 alone prints it
+    """Something that the user can mend: one message on each host's screen, exit code 1, no traceback."""
 
 
 class LoneError(UserError):
@@ -67,7 +65,7 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
     except LoneError as error:
         end_alone(str(error))
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}" if (rank() if error.agreed else local_rank()) == 0 else 1)
+        sys.exit(f"{Path(__file__).name}: error: {error}" if local_rank() == 0 else 1)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end_alone(f"not enough memory for this model and batch ({str(error).splitlines()[0]}). Less is needed with "
