@@ -7,6 +7,7 @@ then see: messages, exit codes, losses. Exit code 0: all drills passed or were s
 import argparse
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -345,7 +346,7 @@ class Rehearsal:
             f"Port 2222\nIdentityFile {folder}/user\nStrictHostKeyChecking accept-new\n"
             f"UserKnownHostsFile {folder}/known_hosts\n"
         )
-        own = Path.home() / ".ssh"
+        own = Path(pwd.getpwuid(os.getuid()).pw_dir, ".ssh")  # where ssh looks, whatever HOME says
         own.mkdir(mode=0o700, exist_ok=True)
         Path("/run/sshd").mkdir(exist_ok=True)
         servers = []
