@@ -83,7 +83,9 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
     except LoneError as error:
         end_alone(str(error))
     except UserError as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}" if local_rank() == 0 else 1)
+        leave(f"{Path(__file__).name}: error: {error}" if local_rank() == 0 else 1)
+    except SystemExit as stop:
+        leave(stop.code)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             end_alone(f"not enough memory for this model and batch ({str(error).splitlines()[0]}). Less is needed with "
@@ -92,9 +94,20 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
             raise
         end_alone(f"another rank is gone or stuck ({str(error).split('. ')[0]}). What it said stands above or on its "
                   "host's screen. The same command on all hosts continues from the last checkpoint")  # fmt: skip
-    finally:
-        if torch.distributed.is_initialized():  # or its threads may abort a process that exits
+    else:
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """Like sys.exit, but without tidying up the interpreter, which gloo's threads can abort."""
+    if not torch.distributed.is_initialized():
+        sys.exit(code)
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
 
 
 def end_alone(message: str) -> NoReturn:
