@@ -82,7 +82,7 @@ def differences(english: str, chinese: str) -> list[str]:
         pair = facts(*ours, names[0]), facts(*theirs, names[1])
         if pair[0] != pair[1]:
             rows = [f"{a}\n{b}" for a, b in zip_longest(*pair) if a != b]
-            found.append(f"{heading}: the {ours[0]}s differ:\n" + "\n".join(rows))
+            found.append(f"{heading}: not the same {ours[0]}:\n" + "\n".join(rows))
     return found
 
 
@@ -107,7 +107,7 @@ def test_links_of_both_lead_somewhere():
 
 
 def test_the_chinese_is_chinese():
-    """Each stretch of prose, each heading of a table and each last cell of a table of words has been translated."""
+    """No paragraph was left in English, and Chinese words are followed by Chinese punctuation."""
     for kind, part in parse(CHINESE):
         if kind == "prose":
             for paragraph in re.split(r"\n\s*\n", part.strip()):
@@ -127,11 +127,11 @@ def change(kind: str, pattern: str, new: str, number: int = 0) -> str:
     [("block", r"```bash\n", "```sh\n"), ("block", r"[0-9](?=[0-9])", "x"), ("block", r" +", "\t"),
      ("block", r"(?s).+", ""), ("table", r"(?m)^\|[^|]*`.*\n", ""), ("table", r"[0-9]\.[0-9]", "7.77"),
      ("table", r"[0-9]{3},[0-9]{3}", "111,111"), ("table", r"`--\w+`", "`--none`"), ("table", r"`[^`]+`", "none"),
-     ("table", r"(?m)\|[^|\n]*\|$", "|"), ("table", r"--:", "---"), ("prose", r"2026-11-24", "2026-11-23"),
-     ("prose", r"0\.19\.8", "0.19.7"), ("prose", r"5,000,000", "5,000,001"), ("prose", r"500 万", "50 万"),
+     ("table", r"(?m)\|[^|\n]*\|$", "|"), ("table", r"--:", "---"), ("prose", r"[0-9]{4}-[0-9]{2}-", "1999-12-"),
+     ("prose", r"[0-9]\.[0-9]+\.[0-9]", "9.9.9"), ("prose", r",[0-9]{3},", ",111,"), ("prose", r"[0-9] 万", "1 万"),
      ("prose", r"[0-9]e-[0-9]+", "3e-01"), ("prose", r"`--\w+`", "`--none`"), ("prose", r"(?m)^- .*\n", ""),
      ("prose", r"\]\(#[^)]+", "](#none"), ("prose", r"\]\(#1-", "](#2-"), ("prose", r"\]\(docs", "](doc"),
-     ("prose", r"\n\n(?=\S)", "\n"), ("heading", r"^## ", "### "), ("heading", r"(?s).+", ""),
+     ("prose", r"(?<=\S)\n\n(?=\S)", "\n"), ("heading", r"^## ", "### "), ("heading", r"(?s).+", ""),
      ("heading", r"1\.", "2.")],
 )  # fmt: skip
 @pytest.mark.parametrize("number", [0, -1])
@@ -141,10 +141,7 @@ def test_a_difference_would_be_found(kind, pattern, new, number):
 
 
 def test_a_missed_update_would_be_found():
-    """Any figure of README.md that changes there alone shows."""
-    for match in re.finditer(r"[0-9](?![0-9]*\))", ENGLISH):
-        if not re.match(r"[^\n(]*\)", ENGLISH[match.start() :]) or "](" not in ENGLISH[: match.start()][-80:]:
-            digit = str((int(match[0]) + 1) % 10)
-            changed = ENGLISH[: match.start()] + digit + ENGLISH[match.end() :]
-            assert differences(changed, CHINESE), ENGLISH[match.start() - 40 : match.end() + 40]
-            break
+    """A digit of README.md that changes there alone shows, wherever it stands; here one in fifty is tried."""
+    for match in list(re.finditer("[0-9]", ENGLISH))[::50]:
+        changed = f"{ENGLISH[: match.start()]}{(int(match[0]) + 1) % 10}{ENGLISH[match.end() :]}"
+        assert differences(changed, CHINESE), ENGLISH[match.start() - 40 : match.end() + 40]
