@@ -82,12 +82,13 @@ def stop_on_user_error(main: Callable[[], None]) -> None:
 
 
 def leave(code: int | str | None) -> NoReturn:
-    """Like sys.exit, but without tidying up the interpreter, which gloo's threads can abort."""
-    if not torch.distributed.is_initialized():
+    """Like sys.exit, but on several ranks without tidying up the interpreter, which gloo's threads can abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if world_size() == 1:
         sys.exit(code)
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")
-    torch.distributed.destroy_process_group()
     sys.stdout.flush()
     os._exit(1 if isinstance(code, str) else code or 0)
 
