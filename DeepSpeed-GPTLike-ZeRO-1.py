@@ -146,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_interval", type=int, default=200, help="optimizer steps between validations; 0: at the end only")
     add("--save_interval", type=int, default=500, help="optimizer steps between checkpoints; 0: at the end only")
     add("--peak_tflops", type=float, help="of one device, for MFU where it is not known")
+    add("--memory_report", action="store_true", help="write memory.json: what each phase of the first steps holds")
     add("--local_rank", "--local-rank", type=int, default=0, help="set by launchers; LOCAL_RANK wins")
     if local_rank() > 0:
         parser.error = lambda message: sys.exit(2)  # the host's first rank prints it
@@ -530,7 +531,7 @@ def take_output(args: argparse.Namespace) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this ends
-        names = "checkpoints model ds_config.json metrics.jsonl summary.json args.json".split()
+        names = "checkpoints model ds_config.json metrics.jsonl memory.json summary.json args.json".split()
         for old in [output / name for name in names] if args.overwrite and (output / "args.json").exists() else []:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         if args.resume == "never" and (output / "args.json").exists():
@@ -722,15 +723,21 @@ def evaluate(
     }
 
 
-def bytes_held(parameters: list, optimizer_states: list, gradients: list) -> dict[str, int]:
-    """Bytes of the floating-point tensors that live in this process, by kind and place. All that is neither parameter
-    nor optimizer state counts as gradients: between two passes only they and the buckets they travel in are left."""
+def bytes_held(
+    parameters: list, optimizer_states: list, gradients: list, activations: list | None = None
+) -> dict[str, int]:
+    """Bytes of the floating-point tensors that live in this process, by kind and place. All that is none of the others
+    counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted, _ = {}, set(), gc.collect()
     rest = gradients + [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
-    kinds = {"parameters": parameters, "optimizer_states": optimizer_states, "gradients_and_buckets": rest}
-    for kind, tensors in kinds.items():
+    kinds = {"parameters": parameters, "optimizer_states": optimizer_states}
+    if activations is not None:  # what autograd saved, masks too, and what leads there
+        kinds["activations"] = activations + [tensor for tensor in rest if tensor is not None and tensor.grad_fn]
+    for kind, tensors in (kinds | {"gradients_and_buckets": rest}).items():
         for tensor in tensors:
-            if tensor is None or tensor.device.type == "meta" or not tensor.is_floating_point():
+            if tensor is None or tensor.device.type == "meta":
+                continue
+            if not tensor.is_floating_point() and kind != "activations":
                 continue
             memory, place = tensor.untyped_storage(), f"{kind} on {tensor.device.type}"
             if memory.data_ptr() not in counted:
@@ -751,6 +758,28 @@ def show_ledger(run, args: argparse.Namespace) -> dict[str, dict[str, int]]:
         ledger[place] = {"held": size, "formula": formula}
         log(f"  {place:29}{size:16,}{formula:16,} = {unit}P{'/N' if stage <= args.zero_stage else ''}")
     return ledger
+
+
+@contextlib.contextmanager
+def memory_phase(run, name: str, args: argparse.Namespace) -> Iterator[None]:
+    """Around a phase of the first two steps. With --memory_report rank 0 writes to memory.json what it holds after each,
+    and why this stage did or did not save memory."""
+    if not args.memory_report or rank() > 0 or len(run.phases) == 7:
+        yield
+        return
+    saved, keep = [], torch.autograd.graph.saved_tensors_hooks
+    with keep(lambda t: saved.append(t) or t, lambda t: t) if name == "forward" else contextlib.nullcontext():
+        yield
+    run.phases[f"step {run.step + 1}, {name}"] = run.held(saved)
+    if len(run.phases) == 7:
+        above = {place: row["held"] - row["formula"] for place, row in run.ledger.items()}
+        held, plain = sum(row["held"] for row in run.ledger.values()), 16 * run.num_params
+        active = max(size for phase in run.phases.values() for place, size in phase.items() if place.startswith("act"))
+        why = f"ZeRO stage {args.zero_stage} on {world_size()} ranks {'saved' if held < plain else 'did not save'} memory: "
+        why += f"{held:,} bytes of model states beside 16P = {plain:,} without ZeRO; most above its formula: "
+        why += f"{max(above, key=above.get)}, by {max(above.values()):,}; activations, which no stage cuts: {active:,}"
+        write(Path(args.output_dir, "memory.json"), {"bytes": run.phases, "why": why})
+        log(why)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -832,13 +861,17 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
     caught, stops = catch_signals(), torch.zeros((), device=device)
     clock, clocked, first, run.began = time.perf_counter(), run.step, run.step, time.monotonic()
+    run.phases = {}
+    with memory_phase(run, "init", args):
+        pass
     while run.step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + run.step) * 4_099 + rank())  # dropout, the same after a resume
         loss = run.forward_backward(micro_batches(data, run.step, args, device))
         if run.step == first + 1:
             run.ledger = show_ledger(run, args)
         lr, validation = run.learning_rate(), None
-        run.update()
+        with memory_phase(run, "step", args):
+            run.update()
         run.step += 1
         bar.update()  # shows on a terminal only
         stopping = stops.item() > 0  # of the step before, which is there by now: nothing waits for the device
@@ -1256,8 +1289,10 @@ class EngineRun:
             self.progress += 1
             if losses:
                 self.model.step()  # between two micro batches it only counts
-            loss = self.model(inputs, targets)
-            self.model.backward(loss)
+            with memory_phase(self, "forward", self.args):
+                loss = self.model(inputs, targets)
+            with memory_phase(self, "backward", self.args):
+                self.model.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
@@ -1309,12 +1344,12 @@ class EngineRun:
     def grad_norm(self) -> float:
         return float(self.model.get_global_grad_norm() or 0)
 
-    def held(self) -> dict[str, int]:
+    def held(self, activations: list | None = None) -> dict[str, int]:
         states = self.model.basic_optimizer.state  # by fp32 copy: momentum and variance
         tensors = [*states, *(value for state in states.values() for value in state.values() if torch.is_tensor(value))]
         parameters = list(self.model.module.parameters())
         pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # ZeRO-3 keeps this rank's
-        return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters])
+        return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters], activations)
 
     def save(self, folder: Path) -> None:
         self.stepping = False
