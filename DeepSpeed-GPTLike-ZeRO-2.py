@@ -38,6 +38,7 @@ import threading
 import time
 import urllib.request
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +65,9 @@ DEFAULT_DS_CONFIG = "configs/zero2.json"
 
 
 # region arguments (owner: GPTLike-Base.py)
+VERSION = "0.1.0"
+
+
 class UserError(Exception):
     """Something that the user can mend: one message on each host's screen, exit code 1, no traceback."""
 
@@ -118,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+    versions = f"%(prog)s {VERSION}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    parser.add_argument("--version", action="version", version=versions)
     unset, add = argparse.SUPPRESS, parser.add_argument_group("model").add_argument
     add("--n_layer", type=int, default=6, help="transformer blocks")
     add("--n_head", type=int, default=12, help="attention heads per block")
@@ -762,21 +768,22 @@ def show_ledger(run, args: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 @contextlib.contextmanager
 def memory_phase(run, name: str, args: argparse.Namespace) -> Iterator[None]:
-    """Around a phase of the first two steps. With --memory_report rank 0 writes to memory.json what it holds after each,
-    and why this stage did or did not save memory."""
+    """Around a phase of the first two steps. With --memory_report rank 0 writes into memory.json what it holds after
+    each, and why this stage did or did not save memory."""
     if not args.memory_report or rank() > 0 or len(run.phases) == 7:
         yield
         return
-    saved, keep = [], torch.autograd.graph.saved_tensors_hooks
-    with keep(lambda t: saved.append(t) or t, lambda t: t) if name == "forward" else contextlib.nullcontext():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(weakref.ref(t)) or t, lambda t: t):
         yield
-    run.phases[f"step {run.step + 1}, {name}"] = run.held(saved)
+    run.phases[f"step {run.step + 1}, {name}"] = run.held([tensor for ref in saved if (tensor := ref()) is not None])
     if len(run.phases) == 7:
         above = {place: row["held"] - row["formula"] for place, row in run.ledger.items()}
         held, plain = sum(row["held"] for row in run.ledger.values()), 16 * run.num_params
         active = max(size for phase in run.phases.values() for place, size in phase.items() if place.startswith("act"))
-        why = f"ZeRO stage {args.zero_stage} on {world_size()} ranks {'saved' if held < plain else 'did not save'} memory: "
-        why += f"{held:,} bytes of model states beside 16P = {plain:,} without ZeRO; most above its formula: "
+        verdict = "saved" if held < plain else "did not save"
+        why = f"ZeRO stage {args.zero_stage} on {world_size()} ranks {verdict} memory: {held:,} bytes of model states "
+        why += f"beside 16P = {plain:,} without ZeRO; most above its formula: "
         why += f"{max(above, key=above.get)}, by {max(above.values()):,}; activations, which no stage cuts: {active:,}"
         write(Path(args.output_dir, "memory.json"), {"bytes": run.phases, "why": why})
         log(why)

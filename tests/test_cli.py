@@ -3,9 +3,9 @@
 import pytest
 from conftest import BASE, SCRIPTS, load_script, run
 
-FLAGS = """n_layer n_head d_model block_size dropout activation_checkpointing compile epochs max_steps batch_size
-    gradient_accumulation_steps lr weight_decay warmup_steps precision seed dataset tokenizer output_dir resume
-    overwrite log_interval eval_interval save_interval peak_tflops local_rank""".split()
+FLAGS = """version n_layer n_head d_model block_size dropout activation_checkpointing compile epochs max_steps
+    batch_size gradient_accumulation_steps lr weight_decay warmup_steps precision seed dataset tokenizer output_dir
+    resume overwrite log_interval eval_interval save_interval peak_tflops memory_report local_rank""".split()
 DEFAULTS = {"n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256, "dropout": 0.1, "epochs": 3, "seed": 42,
             "dataset": "wikitext2", "tokenizer": "auto", "resume": "auto", "overwrite": False}  # fmt: skip
 

@@ -8,6 +8,8 @@ from conftest import ROOT, ZERO, command, require_nvme, run
 
 pytestmark = pytest.mark.slow
 BUCKET = json.loads((ROOT / "configs" / "zero3.json").read_text())["zero_optimization"]["reduce_bucket_size"]
+KINDS = ("parameters", "optimizer_states", "gradients_and_buckets", "activations")
+PHASES = ("forward", "backward", "step")
 
 
 def ledger_of(train, config) -> tuple[dict[str, int], int]:
@@ -74,3 +76,34 @@ def test_nvme(tmp_path):
     assert states + ledger["optimizer_states on cpu"]["held"] == pytest.approx(6 * count, rel=0.02)
     large = 640 * 640 * (3 + 4 + 4)  # elements of qkv and the feed-forward layers
     assert on_disk["parameters on nvme"] == 2 * large // 2  # 2 bytes each, on 2 ranks
+
+
+def test_memory_report(train):
+    """The same quantities phase by phase: Adam's states come with the first step, gradients live between backward and
+    step, activations between forward and backward."""
+    run = train(None, precision="bf16", dropout=0, batch_size=8, max_steps=3, memory_report=True)
+    memory, count = run.json("memory"), run.json("summary")["parameters"]
+    phases = memory["bytes"]
+    assert [*phases] == ["step 1, init", *(f"step {n}, {name}" for n in (1, 2) for name in PHASES)]
+    held = {name: {kind: phase.get(f"{kind} on cpu", 0) for kind in KINDS} for name, phase in phases.items()}
+    assert held["step 1, init"]["optimizer_states"] == 4 * count  # the fp32 copy
+    assert held["step 1, step"]["optimizer_states"] == pytest.approx(12 * count, rel=0.02)
+    for n in (1, 2):
+        assert held[f"step {n}, backward"]["gradients_and_buckets"] == pytest.approx(2 * count, rel=0.02)
+        for name in ("forward", "step"):
+            assert held[f"step {n}, {name}"]["gradients_and_buckets"] < 100  # scalars
+        rows = 8 * 32 * 64 * 2  # bytes of one activation (batch, seq, d_model)
+        head = 2 * rows + 1024 * 64 * 4  # the last norm's input, and LinearCrossEntropy's gradients
+        assert held[f"step {n}, forward"]["activations"] == pytest.approx(2 * 16 * rows + head, rel=0.02)
+        assert held[f"step {n}, backward"]["activations"] <= 4  # the loss
+    total = sum(row["held"] for row in run.json("summary")["ledger"].values())
+    assert memory["why"].startswith(f"ZeRO stage 0 on 1 ranks did not save memory: {total:,} bytes of model states")
+    assert memory["why"] in run.output
+
+
+def test_memory_report_names_what_eats_the_saving(train):
+    run = train("zero3", precision="bf16", dropout=0, ranks=2, batch_size=4, max_steps=3, memory_report=True)
+    why, count = run.json("memory")["why"], run.json("summary")["parameters"]
+    assert why.startswith("ZeRO stage 3 on 2 ranks did not save memory: 11,365,528 bytes of model states")
+    assert f"beside 16P = {16 * count:,} without ZeRO" in why
+    assert "most above its formula: gradients_and_buckets on cpu, by 10,024,080" in why
