@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                  all contestants, two vocabularies: about an hour
     python scripts/benchmark.py --contestants base nanogpt --vocabulary 8192 --rounds 1
-    python scripts/benchmark.py --scaling                        ZeRO-1 and 2 on 1, 2 and 4 ranks
+    python scripts/benchmark.py --scaling 1 2 4 --contestants zero1 zero2
 
 Each round launches every contestant once, one after the other, so that a slow minute of the machine hits all of them
 alike. The scripts run as they are, through their command line, and so do the rivals (scripts/rivals.py); all read the
@@ -11,12 +11,16 @@ zero2-compile, nanogpt-compile. Tokens per second are the median over the rounds
 the first three. The ceiling is what the machine's matmuls reach at the model's own sizes, measured in every round. A
 model's operations are counted as 6P + 12 x layers x width x block per token, P being its parameters.
 
+With --scaling the ZeRO scripts run on several numbers of ranks. Strong: the global batch stays --batch_size. Weak: the
+micro batch stays that of the most ranks. Ranks share this machine's cores, so that all numbers of ranks have the same
+arithmetic to draw on: what is lost against one rank is the price of communication and of smaller matmuls. Beside it
+stands what scripts/plan_memory.py predicts from one rank's speed and the speed of an all-reduce, measured, too.
+
 Writes benchmark.json, benchmark.md and benchmark.png (with --scaling: scaling.*) to --output; benchmark.json after each
 round. GPUs are hidden. Exit 0: written; 1: a contestant failed, its last words are shown; 2: wrong usage.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -26,10 +30,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import NamedTuple
 
 import matplotlib
@@ -38,6 +42,8 @@ matplotlib.use("Agg")  # files only: works without a display
 import tokenizers
 import torch
 from matplotlib import pyplot
+from plan_memory import Model, predict, read_plan
+from rivals import base
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,14 +96,6 @@ class Job(NamedTuple):
     precision: str
 
 
-def load_base() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("GPTLike_Base", ROOT / "GPTLike-Base.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def contestant(name: str) -> Contestant:
     """The contestant of a name, with --compile where it ends so. Raises ValueError for a name that is none."""
     stem = name.removesuffix("-compile")
@@ -126,7 +124,7 @@ def write_synthetic(folder: Path, vocabulary: int, args: argparse.Namespace) -> 
     return str(folder / "tokenizer.json")
 
 
-def write_text(folder: Path, vocabulary: int, args: argparse.Namespace, base: ModuleType) -> str:
+def write_text(folder: Path, vocabulary: int, args: argparse.Namespace) -> str:
     """The data set's train split, and a few blocks of its validation split, which every run reads at its end."""
     texts = base.read_texts(args.dataset)
     (folder / "train.txt").write_text(texts["train"], encoding="utf-8", newline="")
@@ -137,13 +135,10 @@ def write_text(folder: Path, vocabulary: int, args: argparse.Namespace, base: Mo
 def prepare_data(folder: Path, vocabulary: int, args: argparse.Namespace) -> list[str]:
     """The flags with which a script reads the data, tokenized already. Raises ValueError where it is too little."""
     folder.mkdir(parents=True)
-    base = load_base()
     base.log = lambda message: None
     try:
-        if args.dataset == "synthetic":
-            tokenizer = write_synthetic(folder, vocabulary, args)
-        else:
-            tokenizer = write_text(folder, vocabulary, args, base)
+        write_data = write_synthetic if args.dataset == "synthetic" else write_text
+        tokenizer = write_data(folder, vocabulary, args)
         names = {"dataset": str(folder), "tokenizer": tokenizer, "block_size": args.block_size}
         corpus = base.load_corpus(argparse.Namespace(**names))
     except base.UserError as error:
@@ -184,10 +179,10 @@ def environment(ranks: int, cache: Path) -> dict[str, str]:
                         "OMP_NUM_THREADS": str(threads_per_rank(ranks)), "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
-def launch(words: list[str], output: Path, env: dict[str, str]) -> float:
-    """Run to the end. Returns the seconds from the command to the first optimizer step.
+def launch(words: list[str], output: Path, env: dict[str, str]) -> float | None:
+    """Run to the end. Returns the seconds from the command to the first optimizer step, if one was logged.
 
-    Raises ValueError with the last words of a run that fails or logs no step.
+    Raises ValueError with the last words of a run that fails.
     """
     output.mkdir(parents=True)
     metrics, first = output / "metrics.jsonl", None
@@ -202,7 +197,7 @@ def launch(words: list[str], output: Path, env: dict[str, str]) -> float:
             code = process.wait()
         finally:
             process.terminate()  # torchrun ends its ranks
-    if code or first is None:
+    if code:
         last = "\n".join((output / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ValueError(f"{' '.join(words)}\nended with exit code {code}:\n{last}")
     return first
@@ -218,6 +213,14 @@ def run_once(job: Job, data: list[str], folder: Path, args: argparse.Namespace) 
     shutil.rmtree(output)  # its checkpoint may be large
     return {"tokens_per_second": steady(lines), "first_step_s": first, "parameters": summary["parameters"],
             "peak_memory_gib": max(line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line)}  # fmt: skip
+
+
+def link_speed(ranks: int, data: list[str], folder: Path, args: argparse.Namespace) -> float:
+    """10**9 bytes a second that each rank sends in an all-reduce."""
+    output, job = folder / "link", Job("link", Contestant("scripts/rivals.py", ("link",)), ranks, 1, args.precision)
+    shutil.rmtree(output, ignore_errors=True)
+    launch(command(job, data, output, args), output, environment(ranks, folder / "tokens"))
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))["link_gb_s"]
 
 
 def import_seconds(folder: Path) -> float:
@@ -262,7 +265,7 @@ def ceiling_gflops(vocabulary: int, precision: str, args: argparse.Namespace, re
     return operations / seconds / 1e9
 
 
-def summarize(runs: dict[str, list[dict]], ceilings: dict[str, list[float]], jobs: list[Job], args) -> dict[str, dict]:
+def summarize(runs: dict[str, list[dict]], ceilings: dict[str, list[float]], jobs: list[Job], args):
     """By contestant the medians over the rounds, its speed as a multiple of its references', its share of the
     ceiling."""
     rows = {}
@@ -270,9 +273,9 @@ def summarize(runs: dict[str, list[dict]], ceilings: dict[str, list[float]], job
         fields = ("tokens_per_second", "first_step_s", "peak_memory_gib", "parameters")
         row = {field: median(run[field] for run in runs[job.name]) for field in fields}
         row |= {"ranks": job.ranks, "micro_batch": job.micro_batch, "precision": job.precision, "ratios": {}}
-        if ceilings:
-            done = row["tokens_per_second"] * flops_per_token(row["parameters"], args) / 1e9
-            row["ceiling_share"] = done / median(ceilings[job.precision])
+        done = row["tokens_per_second"] * flops_per_token(row["parameters"], args) / 1e9
+        row["ceiling_share"] = done / median(ceilings[job.precision])
+        row["is_rival"] = job.contestant.script == "scripts/rivals.py"
         row["rounds"] = [run["tokens_per_second"] for run in runs[job.name]]
         rows[job.name] = row
     for job in jobs:
@@ -283,11 +286,36 @@ def summarize(runs: dict[str, list[dict]], ceilings: dict[str, list[float]], job
     return rows
 
 
+def predicted(job: Job, one_rank: float, link: float, vocabulary: int, args: argparse.Namespace) -> float:
+    """The planner's tokens a second of all ranks. one_rank is measured with all cores, and each of the ranks has its
+    share of them."""
+    model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, -(-vocabulary // 64) * 64)
+    batch = argparse.Namespace(batch_size=job.micro_batch, gradient_accumulation_steps=1, precision=job.precision)
+    plan = read_plan(ROOT / job.contestant.flags[1], batch)
+    return predict(model, plan, job.ranks, link=link, one_rank=one_rank / job.ranks).weak
+
+
+def add_scaling(rows: dict[str, dict], jobs: list[Job], links: dict[int, list[float]], vocabulary: int, args) -> None:
+    """To each row on several ranks: how it compares with one rank that has the same global batch (strong) or the same
+    micro batch (weak), and what the planner predicts from that rank's speed."""
+    for job in (job for job in jobs if job.ranks > 1):
+        row, stem = rows[job.name], job.name.rpartition("-")[0]
+        for name, batch in (("weak", job.micro_batch), ("strong", job.ranks * job.micro_batch)):
+            if alone := rows.get(f"{stem}-1x{batch}"):
+                row[name] = row["tokens_per_second"] / alone["tokens_per_second"]
+                link = median(links[job.ranks])
+                row["predicted"] = predicted(job, alone["tokens_per_second"], link, vocabulary, args)
+
+
 # What is written.
-def heading(args: argparse.Namespace) -> str:
+def versions() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    return f"{packages}, Python {platform.python_version()}"
+
+
+def heading(args: argparse.Namespace) -> str:
     shape = f"{args.n_layer} layers, d_model {args.d_model}, {args.n_head} heads, {args.batch_size} x {args.block_size}"
-    return (f"{processor()}, {os.cpu_count()} CPU cores; {packages}, Python {platform.python_version()}; "
+    return (f"{processor()}, {os.cpu_count()} CPU cores; {versions()}; "
             f"{time.strftime('%Y-%m-%d')}. {shape} tokens, dropout {args.dropout}, {args.dataset} tokens, "
             f"{args.rounds} rounds of {args.steps} steps, launched with {args.launcher}.")  # fmt: skip
 
@@ -302,92 +330,138 @@ def markdown_row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
+def optional(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {  # heading: cell
+    "ranks x micro batch": lambda row: f"{row['ranks']} x {row['micro_batch']}",
+    "precision": lambda row: row["precision"],
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "ratio": lambda row: ", ".join(f"{ratio:.2f}x {other}" for other, ratio in row["ratios"].items()) or "-",
+    "of one rank, same global batch": lambda row: optional(row.get("strong"), ".0%"),
+    "same micro batch": lambda row: optional(row.get("weak"), ".0%"),
+    "planner's tokens/s": lambda row: optional(row.get("predicted"), ",.0f"),
+    "of the ceiling": lambda row: f"{row['ceiling_share']:.0%}",
+    "first step, s": lambda row: f"{row['first_step_s']:.1f}",
+    "peak GiB, rank 0": lambda row: f"{row['peak_memory_gib']:.2f}",
+}
+ONLY_SCALING = ("of one rank, same global batch", "same micro batch", "planner's tokens/s")
+
+
 def markdown(results: dict, args: argparse.Namespace) -> str:
     """A table for each vocabulary."""
     text = heading(args) + "\n"
-    if results["import_deepspeed_s"]:
-        text += f"\n`import deepspeed`: {median(results['import_deepspeed_s']):.1f} s in a process of its own.\n"
+    text += f"\n`import deepspeed` takes {median(results['import_deepspeed_s']):.1f} s in a process of its own.\n"
+    for ranks, speeds in results["links_gb_s"].items():
+        text += f"In an all-reduce each of {ranks} ranks sends {median(speeds):.2f} GB/s.\n"
     for vocabulary, result in results["vocabularies"].items():
         ceilings = ", ".join(f"{name} {median(values):,.0f}" for name, values in result["ceilings_gflops"].items())
         text += f"\nVocabulary {int(vocabulary):,}. Matmul ceiling in GFLOP/s: {ceilings}.\n\n"
-        text += markdown_row("contestant", "ranks", "precision", "tokens/s", "ratio", "of the ceiling",
-                             "first step s", "peak GiB, rank 0")  # fmt: skip
-        text += "|---|--:|---|--:|---|--:|--:|--:|\n"
+        columns = {name: cell for name, cell in COLUMNS.items()
+                   if args.scaling and name != "ratio" or not args.scaling and name not in ONLY_SCALING}  # fmt: skip
+        text += markdown_row("contestant", *columns) + f"|---{'|--:' * len(columns)}|\n"
         for name, row in result["contestants"].items():
-            ratios = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in row["ratios"].items()) or "-"
-            text += markdown_row(name, row["ranks"], row["precision"], f"{row['tokens_per_second']:,.0f}", ratios,
-                                 f"{row['ceiling_share']:.0%}", f"{row['first_step_s']:.1f}",
-                                 f"{row['peak_memory_gib']:.2f}")  # fmt: skip
+            text += markdown_row(name, *(cell(row) for cell in columns.values()))
     return text
 
 
 def plot(results: dict, path: Path) -> None:
-    """A panel for each vocabulary: median as a bar, each round as a point."""
+    """A panel for each vocabulary: medians as bars, rounds as points, the planner's predictions as diamonds."""
     panels = results["vocabularies"]
-    figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, figsize=(6 * len(panels), 5), dpi=120, layout="constrained"
-    )
+    size = {"figsize": (6 * len(panels), 5), "dpi": 120, "layout": "constrained"}
+    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, **size)
     for axis, (vocabulary, result) in zip(axes[0], panels.items(), strict=True):
         rows = result["contestants"]
-        for place, (name, row) in enumerate(rows.items()):
-            rival = contestant(name).script == "scripts/rivals.py"
-            label = None if name not in ("base", "nanogpt") else ("the scripts", "their rivals")[rival]
-            axis.barh(place, row["tokens_per_second"], color=PALETTE[rival], label=label)
-            axis.plot(row["rounds"], [place] * len(row["rounds"]), "k.", markersize=4)
+        for place, row in enumerate(rows.values()):
+            label = ("the scripts", "their rivals")[row["is_rival"]]
+            axis.barh(place, row["tokens_per_second"], color=PALETTE[row["is_rival"]], label=label)
+            axis.plot(row["rounds"], [place] * len(row["rounds"]), "k.", markersize=4, label="a round")
+            if "predicted" in row:
+                axis.plot(row["predicted"], place, "D", color="white", markeredgecolor="black", label="the planner")
         axis.set(yticks=range(len(rows)), yticklabels=rows, xlabel="tokens/s", title=f"vocabulary {int(vocabulary):,}")
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.axes[0].legend()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))  # each once
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
     figure.savefig(path)
     pyplot.close(figure)
 
 
 def write_results(results: dict, args: argparse.Namespace) -> str:
     """Returns the Markdown."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = markdown(results, args)
-    (args.output / "benchmark.md").write_text(text, encoding="utf-8")
-    (args.output / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot(results, args.output / "benchmark.png")
+    stem, text = args.output / results["name"], markdown(results, args)
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    plot(results, stem.with_suffix(".png"))
     return text
 
 
-# The two measurements.
+# The rounds.
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """All contestants of one round. The global batch is --batch_size, on however many ranks."""
+    """All launches of one round. The global batch is --batch_size, on however many ranks; with --scaling also a smaller
+    one, with each rank's share of it on the most ranks."""
     jobs = []
     for name in args.contestants:
         found = contestant(name)
-        ranks = args.ranks if found.several else 1
-        jobs.append(Job(name, found, ranks, args.batch_size // ranks, found.precision or args.precision))
+        precision = found.precision or args.precision
+        if not args.scaling:
+            ranks = args.ranks if found.several else 1
+            jobs.append(Job(name, found, ranks, args.batch_size // ranks, precision))
+        for ranks in args.scaling:
+            for micro in dict.fromkeys((args.batch_size // ranks, args.batch_size // max(args.scaling))):
+                jobs.append(Job(f"{name}-{ranks}x{micro}", found, ranks, micro, precision))
     return jobs
 
 
+class Rounds:
+    """What is measured, and how far it is."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder, self.jobs, self.data = args, folder, make_jobs(args), {}
+        self.runs, self.ceilings, self.imports = {}, {}, []
+        self.links = {ranks: [] for ranks in args.scaling if ranks > 1}
+        for size in args.vocabulary:
+            self.data[size] = prepare_data(folder / str(size), size, args)
+            self.runs[size], self.ceilings[size] = {job.name: [] for job in self.jobs}, {"bf16": [], "fp32": []}
+
+    def measure_once(self, bar: tqdm) -> None:
+        """One round."""
+        self.imports.append(import_seconds(self.folder))
+        for ranks, speeds in self.links.items():
+            speeds.append(link_speed(ranks, self.data[self.args.vocabulary[0]], self.folder, self.args))
+        for size in self.args.vocabulary:
+            for precision, found in self.ceilings[size].items():
+                found.append(ceiling_gflops(size, precision, self.args))
+            for job in self.jobs:
+                bar.set_description(f"{job.name}, vocabulary {size:,}")
+                self.runs[size][job.name].append(run_once(job, self.data[size], self.folder, self.args))
+                bar.update()
+
+    def results(self) -> dict:
+        """All that is written, after one round or more."""
+        settings = {name: value for name, value in vars(self.args).items() if name != "output"}
+        found = {"name": "scaling" if self.args.scaling else "benchmark", "heading": heading(self.args)}
+        found |= {"settings": settings, "import_deepspeed_s": self.imports, "links_gb_s": self.links}
+        vocabularies = {}
+        for size, runs in self.runs.items():
+            rows = summarize(runs, self.ceilings[size], self.jobs, self.args)
+            if self.args.scaling:
+                add_scaling(rows, self.jobs, self.links, size, self.args)
+            vocabularies[str(size)] = {"ceilings_gflops": self.ceilings[size], "contestants": rows}
+        return found | {"vocabularies": vocabularies}
+
+
 def benchmark(args: argparse.Namespace, folder: Path) -> None:
-    jobs, data, runs, ceilings = make_jobs(args), {}, {}, {}
     args.output.mkdir(parents=True, exist_ok=True)
-    for vocabulary in args.vocabulary:
-        data[vocabulary] = prepare_data(folder / str(vocabulary), vocabulary, args)
-        runs[vocabulary], ceilings[vocabulary] = {job.name: [] for job in jobs}, {"bf16": [], "fp32": []}
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
-    results = {"heading": heading(args), "settings": settings, "import_deepspeed_s": [], "vocabularies": {}}
-    with tqdm(total=args.rounds * len(args.vocabulary) * len(jobs), unit="launch") as bar:
+    rounds = Rounds(args, folder)
+    with tqdm(total=args.rounds * len(args.vocabulary) * len(rounds.jobs), unit="launch") as bar:
         for _ in range(args.rounds):
-            results["import_deepspeed_s"].append(import_seconds(folder))
-            for vocabulary in args.vocabulary:
-                for precision, found in ceilings[vocabulary].items():
-                    found.append(ceiling_gflops(vocabulary, precision, args))
-                for job in jobs:
-                    bar.set_description(f"{job.name}, vocabulary {vocabulary:,}")
-                    runs[vocabulary][job.name].append(run_once(job, data[vocabulary], folder, args))
-                    bar.update()
-                rows = summarize(runs[vocabulary], ceilings[vocabulary], jobs, args)
-                found = {"ceilings_gflops": ceilings[vocabulary], "contestants": rows}
-                results["vocabularies"][str(vocabulary)] = found
-            text = write_results(results, args)
+            rounds.measure_once(bar)
+            text = write_results(results := rounds.results(), args)
     print(text, end="")
-    print(f"wrote benchmark.json, benchmark.md and benchmark.png to {args.output}")
+    print(f"wrote {results['name']}.json, {results['name']}.md and {results['name']}.png to {args.output}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -402,6 +476,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="launches of each contestant")
     add("--steps", type=int, default=12, help=f"optimizer steps a launch; the first {SKIPPED} do not count")
     add("--launcher", choices=["torchrun", "deepspeed"], default="torchrun", help="of all on several ranks but ddp")
+    add("--scaling", type=int, nargs="+", metavar="RANKS", default=[], help="numbers of ranks, in place of --ranks")
     add("--output", type=Path, default=Path("runs/benchmark"), help="folder for the results")
     add = parser.add_argument_group("shape").add_argument
     add("--n_layer", type=int, default=6, help="transformer blocks")
@@ -410,7 +485,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--block_size", type=int, default=256, help="tokens per sequence")
     add("--batch_size", type=int, default=8, help="sequences per optimizer step, all ranks together")
     add("--dropout", type=float, default=0.1, help="as each contestant uses it")
-    add("--dataset", default="synthetic", help="synthetic (random tokens), sample, or a folder with train*, valid*")
+    add("--dataset", default="synthetic", help="synthetic (random tokens), sample, wikitext2 (Hub), or a folder with train*")
     return parser
 
 
@@ -424,17 +499,20 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--dropout {args.dropout} must be at least 0 and below 1")
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
-    if args.batch_size % args.ranks:
-        parser.error(f"--batch_size {args.batch_size} is not a multiple of --ranks {args.ranks}")
+    for ranks in args.scaling or [args.ranks]:
+        if ranks < 1 or args.batch_size % ranks:
+            parser.error(f"--batch_size {args.batch_size} is not a multiple of {ranks} ranks")
     if min(args.vocabulary) < 256:
         parser.error(f"--vocabulary {min(args.vocabulary)}: must be at least 256")
-    for given in (args.contestants, args.vocabulary):
+    for given in (args.contestants, args.vocabulary, args.scaling):
         if len(set(given)) < len(given):
             parser.error(f"{' '.join(map(str, given))}: one is named twice")
     try:
-        [contestant(name) for name in args.contestants]
+        found = [contestant(name) for name in args.contestants]
     except ValueError as error:
         parser.error(f"--contestants: {error}")
+    if args.scaling and not all(each.script.startswith("DeepSpeed") for each in found):
+        parser.error("--scaling is for the ZeRO scripts: add --contestants zero1 zero2")
 
 
 def main() -> None:

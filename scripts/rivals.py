@@ -9,6 +9,7 @@ original   what the tutorial's first scripts do: nn.MultiheadAttention with a bo
            AdamW, no clipping, loss.item() twice each micro step
 ddp        GPTLike-Base.py's model and step in DistributedDataParallel
 trainer    transformers' Trainer with its GPT-2 and --ds_config, on as many ranks as are started
+link       no rival: what the ranks' all-reduce sends a second, in DeepSpeed's way, for the planner's prediction
 
 On the CPU. The flags are GPTLike-Base.py's, and so is the loop (Trainer has its own): all read the same tokens in the
 same order and leave the same metrics.jsonl, and a summary.json. A rival saves no weights and is not resumed.
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import torch
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-RIVALS = ("nanogpt", "original", "ddp", "trainer")
+RIVALS = ("nanogpt", "original", "ddp", "trainer", "link")
 
 
 def load_script(name: str) -> ModuleType:
@@ -268,6 +270,22 @@ def train_with_trainer(args: argparse.Namespace, corpus) -> None:
     write_summary(args, {"parameters": parameters})
 
 
+def measure_link(args: argparse.Namespace) -> None:
+    """Leaves summary.json with the 10**9 bytes a second that a rank sends while a bucket of configs/ is reduced."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    bucket, seconds = torch.ones(5_000_000, dtype=torch.bfloat16), []
+    for _ in range(10):
+        dist.barrier()
+        start = time.perf_counter()
+        deepspeed.comm.all_reduce(bucket)
+        seconds.append(time.perf_counter() - start)
+        bucket.fill_(1)
+    share = 2 * (dist.get_world_size() - 1) / dist.get_world_size()  # of its bytes a ring sends on
+    write_summary(args, {"link_gb_s": share * bucket.nbytes / median(seconds) / 1e9})
+
+
 def write_summary(args: argparse.Namespace, fields: dict) -> None:
     if base.rank() == 0:
         base.write(Path(args.output_dir, "summary.json"), fields)
@@ -284,6 +302,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def train(args: argparse.Namespace, output: Path) -> None:
+    corpus = base.load_corpus(args)
+    base.set_max_steps(args, corpus)
+    if base.rank() == 0:
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+        base.write(output / "args.json", vars(args))
+    torch.manual_seed(args.seed)
+    train_with_trainer(args, corpus) if args.rival == "trainer" else train_in_base_loop(args, corpus)
+
+
 def main() -> None:
     parser = build_parser()
     args = parser.parse_args()
@@ -292,7 +320,7 @@ def main() -> None:
         parser.error("original trains in fp32: add --precision fp32")
     if args.precision == "fp16":
         parser.error("--precision fp16 does not run on a CPU: take bf16 or fp32")
-    if args.rival in ("ddp", "trainer") and "RANK" not in os.environ:
+    if args.rival in ("ddp", "trainer", "link") and "RANK" not in os.environ:
         parser.error(f"{args.rival} wants ranks: torchrun --nproc_per_node 2 scripts/rivals.py {args.rival} ...")
     args.zero_stage, args.shared_disk = 0, True
     if args.rival == "ddp":
@@ -300,15 +328,9 @@ def main() -> None:
     elif os.environ.get("RANK", "0") != "0":
         base.rank, base.log = lambda: int(os.environ["RANK"]), lambda message: None
     try:
-        corpus = base.load_corpus(args)
-        base.set_max_steps(args, corpus)
         output = Path(args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        if base.rank() == 0:
-            (output / "metrics.jsonl").unlink(missing_ok=True)
-            base.write(output / "args.json", vars(args))
-        torch.manual_seed(args.seed)
-        train_with_trainer(args, corpus) if args.rival == "trainer" else train_in_base_loop(args, corpus)
+        measure_link(args) if args.rival == "link" else train(args, output)
     except (OSError, base.UserError) as error:
         sys.exit(f"rivals.py: error: {error}" if base.rank() == 0 else 1)
     if dist.is_initialized():
