@@ -454,8 +454,8 @@ class Rounds:
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
     rounds = Rounds(args, folder)
+    args.output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=args.rounds * len(args.vocabulary) * len(rounds.jobs), unit="launch") as bar:
         for _ in range(args.rounds):
             rounds.measure_once(bar)
@@ -485,7 +485,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--block_size", type=int, default=256, help="tokens per sequence")
     add("--batch_size", type=int, default=8, help="sequences per optimizer step, all ranks together")
     add("--dropout", type=float, default=0.1, help="as each contestant uses it")
-    add("--dataset", default="synthetic", help="synthetic (random tokens), sample, wikitext2 (Hub), or a folder with train*")
+    add("--dataset", default="synthetic", help="synthetic (random tokens), sample, wikitext2, or a folder with train*")
     return parser
 
 
