@@ -1,5 +1,5 @@
-"""Do scripts/benchmark.py, rivals.py and quality.py compare what they say? Arithmetic, the rivals' models, one tiny run
-of each; what a timing is, decides no test."""
+"""Do benchmark.py, rivals.py, quality.py and profile_step.py measure what they say? Arithmetic, the rivals' models, one
+tiny run of each; what a timing is, decides no test."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as for `python scripts/benchmark.py`
 import benchmark
+import profile_step
 import quality
 import rivals
 
@@ -269,6 +270,49 @@ def test_all_recipes_get_the_same_tokens_and_their_own_settings(tmp_path: Path):
     assert [getattr(pretrain, name) for name in names] == [6e-4, 0.0, 0.95, 0.1, 10, True]
     assert [getattr(char, name) for name in names] == [1e-3, 0.2, 0.99, 0.1, 10, True]
     assert runs[3].words[:3] == (str(ROOT / "GPTLike-Base.py"), "--lr", "1e-3")
+
+
+# profile_step.py
+@pytest.mark.parametrize(("name", "kind"), [
+    ("aten::addmm", "matmul"), ("aten::mm", "matmul"), ("mkldnn::_linear_pointwise", "matmul"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"), ("aten::native_dropout", "dropout"),
+    ("aten::_log_softmax_backward_data", "cross-entropy"), ("aten::gelu_backward", "GELU"),
+    ("aten::native_layer_norm", "layer norm"), ("aten::_fused_adamw_", "optimizer"),
+    ("gloo:all_reduce", "communication"), ("aten::copy_", "casts and copies"), ("aten::mul_", "arithmetic"), ("aten::mummy", "other operations"),
+])  # fmt: skip
+def test_kinds_of_operations(name: str, kind: str):
+    assert profile_step.kind_of(name) == kind
+
+
+def test_times_by_kind_add_up_to_the_step():
+    events = [("aten::mm", 30.0), ("aten::copy_", 5.0), ("aten::addmm", 20.0), ("aten::gelu", 15.0)]
+    found = profile_step.by_kind(events, 100.0)
+    assert found == {"matmul": 50.0, "outside of operations": 30.0, "GELU": 15.0, "casts and copies": 5.0}
+    lines = profile_step.report(events, 100.0, "x").splitlines()
+    assert lines[0] == "x: 100.0 ms a step" and lines[4] == "| matmul | 50.0 | 50.0% |"
+    assert lines[11] == "| `aten::mm` | 30.0 | 30.0% |"
+
+
+@pytest.mark.slow
+def test_a_script_under_the_profiler(tmp_path: Path):
+    words = [sys.executable, "scripts/profile_step.py", "GPTLike-Base.py", *TINY, "--dataset", "sample"]
+    words += ["--tokenizer", "bpe:512", "--output_dir", str(tmp_path), "--overwrite", "--max_steps"]
+    done = run([*words, "8"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "profile.md").read_text()
+    assert text in done.stdout
+    for row in ("| matmul |", "| attention |", "| `aten::_fused_adamw_` |"):
+        assert row in text
+    few = run([*words, "6"])
+    assert few.returncode == 1 and "at least 7 are needed" in few.stderr and "Traceback" not in few.stderr
+
+
+def test_the_profiler_wants_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    for words in ([], ["scripts/benchmark.py"]):
+        monkeypatch.setattr(sys, "argv", ["profile_step.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            profile_step.main()
+        assert stop.value.code == 2 and "SCRIPT is one of DeepSpeed-GPTLike-Multihosts.py" in capsys.readouterr().err
 
 
 # Bad input: exit code, words of the message, no traceback
