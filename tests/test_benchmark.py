@@ -4,6 +4,8 @@ tiny run of each; what a timing is, decides no test."""
 import argparse
 import json
 import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -278,7 +280,8 @@ def test_all_recipes_get_the_same_tokens_and_their_own_settings(tmp_path: Path):
     ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"), ("aten::native_dropout", "dropout"),
     ("aten::_log_softmax_backward_data", "cross-entropy"), ("aten::gelu_backward", "GELU"),
     ("aten::native_layer_norm", "layer norm"), ("aten::_fused_adamw_", "optimizer"),
-    ("gloo:all_reduce", "communication"), ("aten::copy_", "casts and copies"), ("aten::mul_", "arithmetic"), ("aten::mummy", "other operations"),
+    ("gloo:all_reduce", "communication"), ("aten::copy_", "casts and copies"),
+    ("aten::mul_", "arithmetic"), ("aten::mummy", "other operations"),
 ])  # fmt: skip
 def test_kinds_of_operations(name: str, kind: str):
     assert profile_step.kind_of(name) == kind
@@ -313,6 +316,35 @@ def test_the_profiler_wants_a_script(monkeypatch: pytest.MonkeyPatch, capsys: py
         with pytest.raises(SystemExit) as stop:
             profile_step.main()
         assert stop.value.code == 2 and "SCRIPT is one of DeepSpeed-GPTLike-Multihosts.py" in capsys.readouterr().err
+
+
+# docs/benchmarks.md
+def documented() -> list[list[str]]:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_commands_of_the_docs_are_taken():
+    parsers = {
+        "benchmark": benchmark.build_parser(),
+        "quality": quality.build_parser(),
+        "base": rivals.base.build_parser(),
+    }
+    seen = []
+    for words in documented():
+        place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
+        if place is None:
+            assert words[:3] == ["python", "-X", "importtime"]
+            continue
+        seen.append(name := Path(words[place]).stem)
+        if name == "profile_step":
+            assert (ROOT / words[place + 1]).is_file()
+            name, place = "base", place + 1
+        args = parsers[name].parse_args(words[place + 1 :])
+        if name == "benchmark":
+            benchmark.check_args(parsers[name], args)
+    assert sorted(set(seen)) == ["benchmark", "profile_step", "quality"] and len(seen) == 8
 
 
 # Bad input: exit code, words of the message, no traceback
