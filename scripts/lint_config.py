@@ -28,6 +28,8 @@ from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [f"DeepSpeed-GPTLike-{name}.py" for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-Offload", "Multihosts")]
 OWN_FLAGS = ("files", "script", "world_size", "device", "parameters", "vocab_size", "json")
@@ -86,7 +88,8 @@ class Model(NamedTuple):
 
 
 def load_script(name: str) -> ModuleType:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns where no GPU is
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     spec = importlib.util.spec_from_file_location("zero_script", ROOT / name)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -119,7 +122,7 @@ def refusal(text: str, config: dict, place: str = "-") -> Check:
     text = " ".join(text.split())
     found, *wanted = re.split(r'(?<!"): ', text, maxsplit=1)
     words = re.findall(r"[\w.]*\w", found.removeprefix("unknown key ").partition(" [type=")[0])
-    place = words[0] if "." in words[0] else place
+    place = next((word for word in words[:1] if "." in word), place)
     paths = (path for word in words for path in leaves(config) if f".{path}".endswith(f".{word}"))
     key = next(paths, place)
     return Check("FAIL", key, text if found == key else found, "" if found == key else "".join(wanted))
@@ -143,9 +146,9 @@ def refusals(script: ModuleType, args: argparse.Namespace, config: dict, host: a
         return checks
     script.world_size = lambda: host.world_size
     script.take_flags(args, config)
-    device = script.torch.device(host.device)
-    if host.device == "cuda" and not script.torch.cuda.is_available():
-        device = script.torch.device("meta")  # neither: nothing is known about that GPU
+    device = torch.device(host.device)
+    if host.device == "cuda" and not torch.cuda.is_available():
+        device = torch.device("meta")  # neither: nothing is known about that GPU
     # DeepSpeed's batch arithmetic asks the process group, and there is none.
     ranks = mock.patch.multiple("deepspeed.comm", get_rank=lambda: 0, get_world_size=lambda: host.world_size)
     with ranks:
@@ -320,7 +323,7 @@ def remarks(script: ModuleType, before: dict, config: dict, args: argparse.Names
     zero = script.deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**config["zero_optimization"])
     yield Check("ok", "zero_optimization.stage", str(int(zero.stage)), "as the script's")
     yield from winners(before, flags, args)
-    if host.device == "cuda" and args.precision == "bf16" and not script.torch.cuda.is_available():
+    if host.device == "cuda" and args.precision == "bf16" and not torch.cuda.is_available():
         yield Check("warn", "bf16", "no GPU here to ask", "compute capability 8.0 or newer; else --precision fp16")
     yield from batch(config, args, host.world_size)
     yield from optimizer(config)
@@ -331,7 +334,7 @@ def remarks(script: ModuleType, before: dict, config: dict, args: argparse.Names
 def count(script: ModuleType, flags: argparse.Namespace, host: argparse.Namespace) -> Model:
     if host.parameters:
         return Model(int(host.parameters), None)
-    with script.torch.device("meta"):  # takes no memory
+    with torch.device("meta"):  # takes no memory
         sizes = [parameter.numel() for parameter in script.GPTLike(flags, host.vocab_size).parameters()]
     return Model(sum(sizes), max(sizes))
 
@@ -380,7 +383,7 @@ def main() -> None:
         if own[name] is not None and not 1 <= own[name] < 2**63:
             parser.error(f"--{name} {own[name]}: must be at least 1")
     first.check_args(parser, args)
-    host.device = host.device or ("cuda" if first.torch.cuda.is_available() else "cpu")
+    host.device = host.device or ("cuda" if torch.cuda.is_available() else "cpu")
     results = [(path, *lint(path, args, host)) for path in files]
     if host.json:
         facts = {"world_size": host.world_size, "device": host.device}
