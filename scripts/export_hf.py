@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers looks for DeepSpeed, which would warn where no GPU is
 from huggingface_hub import ModelCardData
@@ -316,11 +317,12 @@ def find_corpus(args: dict, settings: dict, base: ModuleType) -> tuple[tuple | N
 class AsGPTLike(nn.Module):
     """A transformers model in the place of a GPTLike that is evaluated."""
 
-    def __init__(self, model: GPT2LMHeadModel):
+    def __init__(self, model: GPT2LMHeadModel, bar: tqdm):
         super().__init__()
-        self.model = model
+        self.model, self.bar = model, bar
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.bar.update()
         return F.cross_entropy(self.model(tokens).logits.float().flatten(0, 1), targets.flatten())  # ()
 
 
@@ -329,11 +331,14 @@ def evaluate(folder: Path, trained: Trained, base: ModuleType) -> tuple[dict[str
     Raises ValueError where it is another."""
     if (corpus := trained.corpus) is None:
         return {}, f"its validation loss was NOT compared with the run's: {trained.reason}"
-    print(f"evaluating {len(corpus.streams['validation']):,} tokens ...", file=sys.stderr)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AsGPTLike(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(device)
     sizes = SimpleNamespace(block_size=trained.shape["block_size"], batch_size=trained.settings["batch_size"])
-    found = base.evaluate(model, corpus, "validation", sizes, device, alone=True)
+    tokens = len(corpus.streams["validation"])
+    print(f"evaluating {tokens:,} tokens ...", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+    passes = math.ceil(math.ceil((tokens - 1) / sizes.block_size) / sizes.batch_size)
+    with tqdm(total=passes, disable=None) as bar:  # on a terminal only
+        found = base.evaluate(AsGPTLike(model, bar), corpus, "validation", sizes, device, alone=True)
     loss, wanted = found["validation_loss"], trained.loss
     if wanted is None:
         return found, f"its validation loss is {loss:.4f}; the run has recorded none at step {trained.step}"
@@ -498,7 +503,7 @@ def check_target(source: Path, target: Path) -> None:
         raise ValueError(f"{target} holds other files than an export: choose another OUT_DIR")
 
 
-def export(source: Path, target: Path) -> None:
+def export(source: Path, target: Path, *, evaluated: bool = True) -> None:
     """Write the folder, but only what is the same model when read back. Raises ValueError otherwise."""
     if (source / "model").is_dir():
         source = source / "model"
@@ -509,7 +514,8 @@ def export(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".export", dir=target) as name:  # nothing is replaced by what is wrong
         folder = Path(name)
         difference = write_and_compare(trained, base, folder)
-        figures, sentence = evaluate(folder, trained, base)
+        skipped = {}, "its validation loss was NOT compared with the run's, as --skip_evaluation wants"
+        figures, sentence = evaluate(folder, trained, base) if evaluated else skipped
         (folder / "README.md").write_text(model_card(trained, figures), encoding="utf-8")
         for file in folder.iterdir():
             os.replace(file, target / file.name)
@@ -523,6 +529,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL_OR_RUN_DIR", type=Path,
                         help="--output_dir of a run, its model/, or a RUN/checkpoints/stepN")  # fmt: skip
     parser.add_argument("target", metavar="OUT_DIR", type=Path, help="folder to write")
+    parser.add_argument("--skip_evaluation", action="store_true",
+                        help="do not compare the validation loss: long, with a large model on a CPU")  # fmt: skip
     return parser
 
 
@@ -531,7 +539,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        export(args.model, args.target)
+        export(args.model, args.target, evaluated=not args.skip_evaluation)
     except (OSError, ValueError) as error:
         sys.exit(f"export_hf.py: error: {error}")
     except KeyboardInterrupt:
