@@ -22,15 +22,18 @@ round. GPUs are hidden. Exit 0: written; 1: a contestant failed, its last words 
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -107,6 +110,14 @@ def contestant(name: str) -> Contestant:
 
 def threads_per_rank(ranks: int) -> int:
     return max(1, (os.cpu_count() or 1) // ranks)
+
+
+def apart(function: Callable, *args: object) -> object:
+    """What the function returns, from a process of its own. This one stays small: by Linux's count the peak memory of a
+    process that it starts begins with its own."""
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for this process
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **quiet) as pool:
+        return pool.submit(function, *args).result()
 
 
 # What all contestants read.
@@ -197,6 +208,7 @@ def launch(words: list[str], output: Path, env: dict[str, str]) -> float | None:
             code = process.wait()
         finally:
             process.terminate()  # torchrun ends its ranks
+            process.wait()
     if code:
         last = "\n".join((output / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ValueError(f"{' '.join(words)}\nended with exit code {code}:\n{last}")
@@ -423,7 +435,7 @@ class Rounds:
         self.runs, self.ceilings, self.imports = {}, {}, []
         self.links = {ranks: [] for ranks in args.scaling if ranks > 1}
         for size in args.vocabulary:
-            self.data[size] = prepare_data(folder / str(size), size, args)
+            self.data[size] = apart(prepare_data, folder / str(size), size, args)
             self.runs[size], self.ceilings[size] = {job.name: [] for job in self.jobs}, {"bf16": [], "fp32": []}
 
     def measure_once(self, bar: tqdm) -> None:
@@ -433,7 +445,7 @@ class Rounds:
             speeds.append(link_speed(ranks, self.data[self.args.vocabulary[0]], self.folder, self.args))
         for size in self.args.vocabulary:
             for precision, found in self.ceilings[size].items():
-                found.append(ceiling_gflops(size, precision, self.args))
+                found.append(apart(ceiling_gflops, size, precision, self.args))
             for job in self.jobs:
                 bar.set_description(f"{job.name}, vocabulary {size:,}")
                 self.runs[size][job.name].append(run_once(job, self.data[size], self.folder, self.args))

@@ -138,6 +138,7 @@ def train(run: Run, bar: tqdm) -> None:
                 time.sleep(0.5)
         finally:
             process.terminate()
+            process.wait()
     if process.returncode:
         last = "\n".join((run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise ValueError(f"{shlex.join(words)}\nended with exit code {process.returncode}:\n{last}")
