@@ -170,25 +170,18 @@ def section(config: dict, path: str) -> dict:
 def rules(config: dict) -> Iterator[tuple[str, list[str], str]]:
     """(section, keys that nothing reads in it, what they are for): at this stage, with these settings, or ever in these
     scripts."""
-    zero, bf16 = section(config, "zero_optimization"), section(config, "bf16").get("enabled")
+    root, zero = "zero_optimization", section(config, "zero_optimization")
+    stage, summed = zero["stage"], section(config, "data_types").get("grad_accum_dtype")
     devices = {name: section(zero, name).get("device", "none") for name in ("offload_optimizer", "offload_param")}
-    summed, super_offload = section(config, "data_types").get("grad_accum_dtype"), "zero_optimization.offload_optimizer"
     for name, use in NOT_HERE.items():
         yield "", [name], use
-    yield (
-        "zero_optimization",
-        ["allgather_partitions", "cpu_offload_use_pin_memory"],
-        "nothing: this version reads it nowhere",
-    )
-    yield "zero_optimization", *((STAGE_3_KEYS, "stage 3") if zero["stage"] < 3 else (STAGE_1_2_KEYS, "stages 1 and 2"))
+    yield root, ["allgather_partitions", "cpu_offload_use_pin_memory"], "nothing: this version reads it nowhere"
+    yield root, *((STAGE_3_KEYS, "stage 3") if stage < 3 else (STAGE_1_2_KEYS, "stages 1 and 2"))
     if devices["offload_optimizer"] == "none":
-        yield "zero_optimization", ["ignore_unused_parameters"], "offload_optimizer"
-    if bf16 and zero["stage"] == 1 and devices["offload_optimizer"] == "none" and summed == "fp32":
-        yield (
-            "zero_optimization",
-            REDUCTION_KEYS,
-            "gradients summed in bf16: in fp32, BF16_Optimizer reduces its own way",
-        )
+        yield root, ["ignore_unused_parameters"], "offload_optimizer"
+    alone = stage == 1 and devices["offload_optimizer"] == "none" and section(config, "bf16").get("enabled")
+    if alone and summed == "fp32":
+        yield root, REDUCTION_KEYS, "gradients summed in bf16: in fp32, BF16_Optimizer reduces its own way"
     else:
         yield "bf16", ["immediate_grad_update"], "stage 1 with data_types.grad_accum_dtype fp32"
     for name in ("bf16", "fp16"):
@@ -196,15 +189,15 @@ def rules(config: dict) -> Iterator[tuple[str, list[str], str]]:
             yield name, list(section(config, name)), f"{name}.enabled true"
     for name, device in devices.items():
         if device == "none":
-            yield f"zero_optimization.{name}", list(section(zero, name)), "device cpu or nvme"
+            yield f"{root}.{name}", list(section(zero, name)), "device cpu or nvme"
         if device != "nvme":
-            yield f"zero_optimization.{name}", NVME_KEYS, "device nvme"
+            yield f"{root}.{name}", NVME_KEYS, "device nvme"
     if "nvme" not in devices.values():
         yield "", ["aio"], "device nvme"
-    if zero["stage"] < 3:
-        yield super_offload, ["super_offload"], "stage 3"
-    if not section(config, super_offload).get("super_offload"):
-        yield super_offload, ["cpuadam_cores_perc"], "super_offload true"
+    if stage < 3:
+        yield f"{root}.offload_optimizer", ["super_offload"], "stage 3"
+    if not section(zero, "offload_optimizer").get("super_offload"):
+        yield f"{root}.offload_optimizer", ["cpuadam_cores_perc"], "super_offload true"
 
 
 def known_keys(deepspeed: ModuleType) -> dict[str, list[str]]:
@@ -227,9 +220,8 @@ def unknown_keys(config: dict, deepspeed: ModuleType) -> Iterator[Check]:
 
 def dead_keys(config: dict) -> Iterator[Check]:
     """Keys that are right and do nothing, each once."""
-    seen = {"bf16.enabled", "fp16.enabled"} | {
-        f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")
-    }
+    sections = ("bf16", "fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+    seen = {f"{name}.{switch}" for name in sections for switch in ("enabled", "device")}
     for place, names, use in rules(config):
         for key in section(config, place):
             path = f"{place}.{key}".lstrip(".")
