@@ -30,6 +30,7 @@ import numpy
 matplotlib.use("Agg")  # files only: works without a display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 PALETTE = ("#0f96ff", "#e1780f", "#692dff", "#c30f2d", "#b400b4", "#b48778", "#8787a5")
@@ -232,24 +233,27 @@ def label(run: Run) -> str:
 def draw_losses(axes: Axes, runs: list[Run], place: Callable[[Run, list[int]], list[float] | None], what: str) -> None:
     """Train and validation loss; place gives the abscissa of a run's steps. Runs that do what they should lie on one
     line: their marks stand at different places on it."""
+    handles = {}
     for number, run in enumerate(runs):
-        style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         dashes = DASHES[number // len(PALETTE) % len(DASHES)]
         between = max(1, len(run.series("loss")[0]) // 8)
         marks = (number * between // len(runs), between)
-        for field, form in (("loss", {"linestyle": dashes, "markevery": [], "label": label(run)}),
-                            ("loss", {"linestyle": "", "markevery": marks, "zorder": 3}),
-                            ("validation_loss", {"linestyle": "", "markersize": 12, "fillstyle": "none"})):  # fmt: skip
+        for field, form in (("loss", {"linestyle": dashes}),
+                            ("loss", {"linestyle": "", "marker": marker, "markevery": marks, "zorder": 3}),
+                            ("validation_loss", {"linestyle": "", "marker": marker, "markersize": 12,
+                                                 "fillstyle": "none"})):  # fmt: skip
             steps, values = run.series(field)
             at = place(run, steps)
             if at is not None and any(map(math.isfinite, values)):
-                axes.plot(at, values, **style, **form)
+                axes.plot(at, values, color=color, **form)
+                handles[number] = Line2D([], [], color=color, marker=marker, linestyle=dashes, label=label(run))
     axes.set(xlabel=what, ylabel="loss, nats per token (hollow: validation)")
     axes.xaxis.set_major_formatter(PLAIN)
     axes.grid()
-    if axes.lines:
+    if handles:
         columns = max(1, min(3, 80 // (8 + max(len(label(run)) for run in runs))))
-        axes.figure.legend(loc="outside upper center", ncols=columns)
+        axes.figure.legend(handles=handles.values(), loc="outside upper center", ncols=columns)
 
 
 def draw_ledger(axes: Axes, runs: list[Run]) -> None:

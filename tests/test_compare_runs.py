@@ -260,7 +260,8 @@ def test_bad_files_are_named(compare, tmp_path, name, monkeypatch):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("fields", [
     {"tokens_per_second": 0}, {"tokens_per_second": -5.0}, {"tokens_per_second": float("inf")},
-    {"tokens_per_second": float("nan")}, {"loss": float("-inf")}, {"peak_memory_gib": 1e300}, {}])  # fmt: skip
+    {"tokens_per_second": float("nan")}, {"loss": float("-inf")}, {"peak_memory_gib": 1e300}, {},
+    {"loss": float("nan"), "validation_loss": 3.0}])  # fmt: skip
 def test_odd_numbers_are_shown_as_they_are(compare, tmp_path, fields):
     settings = SETTINGS | {"batch_size": 0 if "loss" in fields else 4}
     folder = write_run(tmp_path / "odd", [{"step": 0}, {"step": 1} | fields], checkpoint={"settings": settings})
