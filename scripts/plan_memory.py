@@ -301,14 +301,14 @@ def predict(model: Model, plan: Plan, ranks: int, *, link: float, one_rank: floa
 
 # Verdicts
 def verdict(model: Model, plan: Plan, machine: Machine, gpu: float, *, dropout: float) -> str:
+    """fits, checkpointing (fits with --activation_checkpointing), or no with what is too small."""
+    room, word = (gpu - machine.reserve) * GIB, ""
+    for name, on in (("checkpointing", True), ("fits", False)):
+        word = name if peak(model, plan, machine.ranks, dropout=dropout, checkpointing=on) <= room else word
     host = host_bytes(model, plan, machine.ranks) * machine.ranks_per_host
-    if machine.hosts and host > min(machine.hosts) * GIB:
-        return "no: host"
-    for word, checkpointing in (("fits", False), ("checkpointing", True)):
-        needed = peak(model, plan, machine.ranks, dropout=dropout, checkpointing=checkpointing)
-        if needed + machine.reserve * GIB <= gpu * GIB:
-            return word
-    return "no: GPU"
+    short_of = [] if word else ["GPU"]
+    short_of += ["host"] if machine.hosts and host > min(machine.hosts) * GIB else []
+    return f"no: {', '.join(short_of)}" if short_of else word
 
 
 def largest_model(model: Model, plan: Plan, machine: Machine, *, dropout: float) -> int:

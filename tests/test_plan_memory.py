@@ -254,7 +254,7 @@ def test_the_largest_model_fits_and_a_larger_one_does_not(config):
     for factor in (0.99, 1.06):
         shape = planner().shape_of(round(largest * factor), 256, 50304)
         verdicts.append(planner().verdict(shape, plan, machine, 24.0, dropout=0.1))
-    assert verdicts[0] in ("fits", "checkpointing") and verdicts[1] in ("no: GPU", "no: host")
+    assert verdicts[0] in ("fits", "checkpointing") and verdicts[1].startswith("no: ")
     assert largest > 1e9
 
 
@@ -270,8 +270,8 @@ def test_a_usual_shape_has_about_the_parameters(parameters):
 def test_host_memory_can_be_what_lacks():
     words = "--parameters 7.5B --ranks 8 --gpus 80".split()
     few, none = found(*words, "--host_gib", "100")["stages"], found(*words)["stages"]
-    assert [row["verdicts"]["80"] for row in few] == ["no: host"] * 7
-    assert "no: host" not in [row["verdicts"]["80"] for row in none]
+    assert [row["verdicts"]["80"] for row in few] == ["no: GPU, host"] + ["no: host"] * 6
+    assert [row["verdicts"]["80"] for row in none] == ["no: GPU"] + ["fits"] * 6
     whole = {row["stage"]: row["host"] for row in none}
     assert whole["ZeRO-3"] == 8 * 2 * 7.5e9  # every rank gathers the weights at the end
     assert whole["ZeRO-2"] == 8 * 4 * 7.5e9  # every rank begins with the model in fp32
@@ -329,7 +329,7 @@ def test_the_tables(capsys, monkeypatch):
     rows = {
         line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ") for line in lines if line.startswith("|")
     }
-    assert lines[0].startswith("7,500,000,000 parameters; about this shape: 34 layers, ")
+    assert lines[0].startswith("7,500,000,000 parameters; about this shape: 33 layers, ")
     assert sum(line.startswith("| stage |") for line in lines) == 3
     assert rows["ZeRO-3, optimizer and parameters on CPU"][1:3] == ["1.75", "0.79 / 23.57"]
     assert [line for line in lines if line.startswith("The first")] == ["The first that fits 80 GiB: ZeRO-1"]
