@@ -503,7 +503,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 # region checkpoints (owner: GPTLike-Base.py)
 FACTS = {"step": int, "best": float | None, "validation_loss": float | None, "seconds": float, "saving": float,
-         "ledger": dict, "settings": dict, "files": dict}  # fmt: skip
+         "ledger": dict, "settings": dict, "hosts": list, "files": dict}  # fmt: skip
 KEPT = "The checkpoints before it are as they were: free some space, and the same command continues from there"
 
 
@@ -511,6 +511,7 @@ def open_output(args: argparse.Namespace, ds_config: dict) -> None:
     """Make --output_dir on each disk. A run found there is continued, or with --overwrite deleted, never mixed with
     another. Finds out whether all hosts share the disk of rank 0."""
     args.run_id = together(lambda: secrets.token_hex(8))[0]
+    args.hosts = together(socket.gethostname)  # by rank
     together(lambda: take_output(args) if rank() == 0 else None)
     args.shared_disk = all(together(lambda: local_rank() != 0 or sees_output(args)))
     together(lambda: None if sees_output(args) or local_rank() != 0 else take_output(args))
@@ -578,7 +579,7 @@ def save(run, args: argparse.Namespace, corpus: Corpus, loss: float | None) -> N
     now = time.monotonic()
     run.seconds, run.saving, run.began = run.seconds + now - run.began, run.saving + now - began, now
     facts = {name: getattr(run, name) for name in CARRIED}
-    facts |= {"validation_loss": loss, "settings": settings(args, corpus)}
+    facts |= {"validation_loss": loss, "settings": settings(args, corpus), "hosts": args.hosts}
     once_per_disk(lambda: seal(folder, facts, run), args)
 
 

@@ -230,7 +230,7 @@ def read_checkpoint(folder: Path, base: ModuleType) -> Trained:
     settings, loss, step = (manifest[name] for name in ("settings", "validation_loss", "step"))
     check_settings(settings, folder / "run.json")
     args, summary = read_record(run / "args.json", ARGS), read_record(run / "summary.json", SUMMARY)
-    weights = read_weights(folder, settings)
+    weights = read_weights(folder, settings, manifest["hosts"])
     corpus, reason = find_corpus(args, settings, base)
     saved = run / "model" / "tokenizer.json"  # of a finished run
     if corpus is None and not saved.is_file():
@@ -247,28 +247,29 @@ def read_checkpoint(folder: Path, base: ModuleType) -> Trained:
     return Trained(shape, weights, tokenizer, step, loss, {}, args, settings, corpus, reason)
 
 
-def read_weights(folder: Path, settings: dict) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, settings: dict, hosts: list[str]) -> dict[str, torch.Tensor]:
     """In the run's precision."""
     if settings["ZeRO stage"] == 0:
         weights = read_state(folder / "state.pt")
-    elif missing := missing_shards(folder, settings):
-        raise ValueError(f"{folder} on host {socket.gethostname()} lacks {', '.join(missing)}: each lies in this "
-                         "folder of the host that ran its rank, and has to be copied here")  # fmt: skip
+    elif missing := missing_shards(folder, settings, hosts):
+        raise ValueError(f"{folder} on host {socket.gethostname()} lacks {', '.join(missing)}: copy them here from "
+                         "this folder there")  # fmt: skip
     else:
         weights = read_shards(folder)
     dtype = DTYPES.get(settings["precision"], torch.float32)
     return {name: tensor.to(dtype) for name, tensor in weights.items() if name != "head.weight"}
 
 
-def missing_shards(folder: Path, settings: dict) -> list[str]:
-    """The files of a ZeRO checkpoint that are not here: run.json lists those of its own host only."""
+def missing_shards(folder: Path, settings: dict, hosts: list[str]) -> list[str]:
+    """The files of a ZeRO checkpoint that are not here, and their hosts: run.json lists those of its own host only."""
     prefix, by_rank = "bf16_" if settings["precision"] == "bf16" else "", settings["ZeRO stage"] == 3
     wanted = {} if by_rank else {"mp_rank_00_model_states.pt": 0}
     for rank in range(settings["world size"]):
         wanted[f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = rank
         if by_rank:
             wanted[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] = rank
-    return [f"{name} of rank {rank}" for name, rank in wanted.items() if not (folder / name).is_file()]
+    missing, host = {name: rank for name, rank in wanted.items() if not (folder / name).is_file()}, dict(enumerate(hosts))
+    return [f"{name} of rank {rank}, written on host {host.get(rank)}" for name, rank in missing.items()]
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,7 @@ def work(folder: Path) -> None:
         script.dist.barrier()
         if script.rank() == 0:
             facts = plan["facts"] | {"settings": script.settings(args, SimpleNamespace(digest=plan["digest"]))}
+            facts |= {"hosts": [socket.gethostname()] * script.world_size()}
             script.seal(target, facts, run)
             script.write(folder / "run" / "ds_config.json", config)
         script.dist.barrier()

@@ -311,7 +311,7 @@ def seal(module, root: Path, step: int, loss: float | None) -> list[str]:
     folder.mkdir(exist_ok=True)
     (folder / "part").write_text("abc")
     facts = {"step": step, "best": None, "seconds": 0.0, "saving": 0.0, "validation_loss": loss}
-    facts |= {"settings": {}, "ledger": {}}
+    facts |= {"settings": {}, "ledger": {}, "hosts": ["a"]}
     module.seal(folder, facts, argparse.Namespace(has=lambda folder: (folder / "part").exists()))
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 

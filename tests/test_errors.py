@@ -95,7 +95,7 @@ def test_resume(stopped, tmp_path, monkeypatch):
     step.mkdir(parents=True)
     (step.parent / "latest").write_text("step5")
     (step / "state.pt").write_bytes(b"12345")
-    facts = {"step": 5, "settings": {"n_layer": 4}, "files": {"state.pt": 5}, "ledger": {}}
+    facts = {"step": 5, "settings": {"n_layer": 4}, "files": {"state.pt": 5}, "ledger": {}, "hosts": ["a"]}
     facts |= {"best": None, "validation_loss": None, "seconds": 0.5, "saving": 0.1}
     (step / "run.json").write_text(json.dumps(facts))
     message = stopped()

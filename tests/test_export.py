@@ -229,6 +229,8 @@ def test_missing_shards_are_named_by_host_and_file(tool, copy, tmp_path, config)
     step = copy(config) / "checkpoints" / "step20"
     manifest = json.loads((step / "run.json").read_text())
     manifest["files"] = {name: size for name, size in manifest["files"].items() if "rank_1_" not in name}
+    assert manifest["hosts"] == [HOST, HOST]
+    manifest["hosts"][1] = "node1"
     (step / "run.json").write_text(json.dumps(manifest))
     for path in step.glob("*zero_pp_rank_1_*"):
         path.unlink()
@@ -237,8 +239,8 @@ def test_missing_shards_are_named_by_host_and_file(tool, copy, tmp_path, config)
     with pytest.raises(ValueError, match="lacks") as error:
         tool.export(step, tmp_path / "gpt2")
     assert str(error.value) == (
-        f"{step} on host {HOST} lacks {', '.join(f'{name} of rank 1' for name in lost)}: each lies in this folder of "
-        "the host that ran its rank, and has to be copied here"
+        f"{step} on host {HOST} lacks {', '.join(f'{name} of rank 1, written on host node1' for name in lost)}: copy "
+        "them here from this folder there"
     )
     assert not (tmp_path / "gpt2").exists()
 
