@@ -201,7 +201,7 @@ def test_the_script_and_the_linter_agree(tmp_path, monkeypatch, case):
 
 
 @pytest.mark.parametrize("script", list(dict.fromkeys(ZERO.values())))
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.json")), ids=lambda path: path.stem)
 def test_they_agree_on_every_config_and_script(monkeypatch, tmp_path, path, script):
     (tmp_path / "nvme").mkdir()
     monkeypatch.chdir(tmp_path)
