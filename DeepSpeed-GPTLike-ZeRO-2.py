@@ -22,6 +22,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -45,13 +46,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple, NoReturn
 
+import torch
+
+# The device that this script will use: left alone, DeepSpeed guesses, and warns of its guess or takes another.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
 import hjson
 import psutil
 import pydantic
 import safetensors.torch
 import tokenizers
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -1026,7 +1030,7 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
     refuse_dropped_devices()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
-    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
     if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
         log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
@@ -1034,13 +1038,13 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
         if ranks_here > torch.cuda.device_count():
             raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")
         torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
-        join_ranks("nccl", args.rendezvous_timeout)
+        join_ranks("nccl", args)
         return torch.device("cuda", local_rank())
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    join_ranks("gloo", args.rendezvous_timeout)
+    join_ranks("gloo", args)
     return torch.device("cpu")
 
 
@@ -1053,9 +1057,9 @@ def connect(seconds: int) -> dist.Store:
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-def join_ranks(backend: str, seconds: int) -> None:
-    """Meet all ranks at MASTER_ADDR:MASTER_PORT. UserError with those that are missing after that many seconds."""
-    keys, store = [f"rank{other}" for other in range(world_size())], None
+def join_ranks(backend: str, args: argparse.Namespace) -> None:
+    """Meet all ranks at MASTER_ADDR:MASTER_PORT. UserError with those that are missing after --rendezvous_timeout."""
+    keys, store, seconds = [f"rank{other}" for other in range(world_size())], None, args.rendezvous_timeout
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     trouble = f"{world_size()} ranks did not meet at {place} in {seconds} s"
     (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}. {NO_MEETING}"])).start()  # gloo waits longer
@@ -1064,7 +1068,8 @@ def join_ranks(backend: str, seconds: int) -> None:
         store.set(keys[rank()], socket.gethostname())
         store.wait(keys, timedelta(seconds=seconds))
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
-        deepspeed.init_distributed(backend)  # takes what is there
+        with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
+            deepspeed.init_distributed(backend)  # takes what is there
     except RuntimeError as error:  # of the store, or of gloo or NCCL
         missing = keys[:1] if store is None else [key for key in keys if not store.check([key])]
         reason = f"{' '.join(missing) or 'none'} missing: {str(error).splitlines()[0]}"
@@ -1408,6 +1413,7 @@ def main() -> None:
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
     parser.add_argument("--rendezvous_timeout", type=int, default=300, help="seconds to wait for the other ranks")
     parser.add_argument("--stall_timeout", type=int, default=600, help="seconds after which a step counts as stuck")
+    parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed says while it starts")
     args = parser.parse_args()
     check_args(parser, args)
     device = start_distributed(args)

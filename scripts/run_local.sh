@@ -39,7 +39,7 @@ main() {
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
     devices=$(which_devices "$gpus")
     [[ -z "$devices" ]] || mapfile -t cmd <<< "$devices"
-    cmd=(deepspeed "${cmd[@]}" --master_port "$port" "$@")
+    cmd=(deepspeed --quiet "${cmd[@]}" --master_port "$port" "$@")
   fi
   printf '+'; printf ' %q' "${cmd[@]}"; echo
   if "$dry_run"; then return; fi
@@ -47,6 +47,8 @@ main() {
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
   [[ "${CUDA_VISIBLE_DEVICES:-}" == "" || "${gpus:-1}" != 0 ]] ||
     die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES, but nvidia-smi lists no GPU: unset it to run on CPU ranks"
+  # The launcher, too, would guess the device, and warn of its guess; where an AMD GPU is, it finds that.
+  [[ "${gpus:-1}" != 0 || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
   exec "${cmd[@]}"
 }
 

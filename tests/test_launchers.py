@@ -50,14 +50,14 @@ def test_shell_is_sound(script):
 @pytest.mark.parametrize(
     ("env", "gpus", "launch"),
     [
-        ({}, 0, "deepspeed --num_gpus 2 --master_port 29500"),
-        ({}, 8, "deepspeed --master_port 29500"),
-        ({"NUM_GPUS": "4"}, 0, "deepspeed --num_gpus 4 --master_port 29500"),
-        ({"NUM_GPUS": "1"}, 8, "deepspeed --num_gpus 1 --master_port 29500"),
-        ({"MASTER_PORT": "29501"}, 2, "deepspeed --master_port 29501"),
-        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 4, "deepspeed --include localhost:0\\,2 --master_port 29500"),
-        ({"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"}, 4, "deepspeed --include localhost:3 --master_port 29500"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, 0, "deepspeed --num_gpus 2 --master_port 29500"),
+        ({}, 0, "deepspeed --quiet --num_gpus 2 --master_port 29500"),
+        ({}, 8, "deepspeed --quiet --master_port 29500"),
+        ({"NUM_GPUS": "4"}, 0, "deepspeed --quiet --num_gpus 4 --master_port 29500"),
+        ({"NUM_GPUS": "1"}, 8, "deepspeed --quiet --num_gpus 1 --master_port 29500"),
+        ({"MASTER_PORT": "29501"}, 2, "deepspeed --quiet --master_port 29501"),
+        ({"CUDA_VISIBLE_DEVICES": "0,2"}, 4, "deepspeed --quiet --include localhost:0\\,2 --master_port 29500"),
+        ({"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"}, 4, "deepspeed --quiet --include localhost:3 --master_port 29500"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0, "deepspeed --quiet --num_gpus 2 --master_port 29500"),
     ],
     ids=str,
 )
@@ -143,7 +143,7 @@ def test_quickstart_prints_its_commands(machine):
     assert "no NVIDIA GPU, so two CPU ranks" in result.stdout
     setup, check, training, plot, export, text = commands(result.stdout)
     assert (setup, check) == ("+ bash scripts/setup.sh requirements.txt", "+ bash scripts/check_env.sh")
-    launch = "+ deepspeed --num_gpus 2 --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py"
+    launch = "+ deepspeed --quiet --num_gpus 2 --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py"
     assert training.startswith(f"{launch} --output_dir runs/quickstart --overwrite --dataset sample ")
     assert training.endswith(" --epochs 1")
     assert plot == "+ python scripts/compare_runs.py runs/quickstart --output runs/quickstart"
@@ -173,7 +173,7 @@ def test_quickstart_takes_the_whole_machine(machine):
     for words, env in ((["--dataset", "sample"], {}), ([], {"HF_HUB_OFFLINE": "1"})):
         result = machine("quickstart.sh", "--dry_run", *words, gpus=8, HF_ENDPOINT="http://127.0.0.1:1", **env)
         training = commands(result.stdout)[2]
-        assert training.startswith("+ deepspeed --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py ")
+        assert training.startswith("+ deepspeed --quiet --master_port 29500 DeepSpeed-GPTLike-ZeRO-2.py ")
         assert "--n_layer" not in training and "NOT WikiText-2" not in result.stdout
         assert training.count("--dataset") == len(words) // 2
 

@@ -181,6 +181,7 @@ def test_files_that_the_readme_names_exist():
 def test_the_flags_table_is_the_parsers():
     module = load_script(BASE)
     wanted = {"--ds_config": "the script's own", "--rendezvous_timeout": "300", "--stall_timeout": "600"}
+    wanted["--verbose"] = "off"
     for action in module.build_parser()._actions[2:]:  # the first are --help and --version
         if action.dest in module.DEFAULTS:
             default = f"JSON: {module.DEFAULTS[action.dest]}"
