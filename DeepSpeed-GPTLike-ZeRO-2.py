@@ -1358,8 +1358,10 @@ class EngineRun:
         return float(self.model.get_global_grad_norm() or 0)
 
     def held(self, activations: list | None = None) -> dict[str, int]:
-        states = self.model.basic_optimizer.state  # by fp32 copy: momentum and variance
-        tensors = [*states, *(value for state in states.values() for value in state.values() if torch.is_tensor(value))]
+        zero, states = self.model.optimizer, self.model.basic_optimizer.state.values()  # of each: momentum and variance
+        tensors = [value for state in states for value in state.values() if torch.is_tensor(value)]
+        copies = "fp32_partitioned_groups_flat" if self.args.zero_stage == 3 else "single_partition_of_fp32_groups"
+        tensors += getattr(zero, copies)
         parameters = list(self.model.module.parameters())
         pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # ZeRO-3 keeps this rank's
         return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters], activations)
