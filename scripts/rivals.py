@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -322,7 +323,7 @@ def main() -> None:
         parser.error("--precision fp16 does not run on a CPU: take bf16 or fp32")
     if args.rival in ("ddp", "trainer", "link") and "RANK" not in os.environ:
         parser.error(f"{args.rival} wants ranks: torchrun --nproc_per_node 2 scripts/rivals.py {args.rival} ...")
-    args.zero_stage, args.shared_disk = 0, True
+    args.zero_stage, args.shared_disk, args.hosts = 0, True, [socket.gethostname()]
     if args.rival == "ddp":
         join_ranks()
     elif os.environ.get("RANK", "0") != "0":
