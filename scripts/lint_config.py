@@ -179,8 +179,7 @@ def rules(config: dict) -> Iterator[tuple[str, list[str], str]]:
     yield root, *((STAGE_3_KEYS, "stage 3") if stage < 3 else (STAGE_1_2_KEYS, "stages 1 and 2"))
     if devices["offload_optimizer"] == "none":
         yield root, ["ignore_unused_parameters"], "offload_optimizer"
-    alone = stage == 1 and devices["offload_optimizer"] == "none" and section(config, "bf16").get("enabled")
-    if alone and summed == "fp32":
+    if alone_at_stage_1(config) and summed == "fp32":
         yield root, REDUCTION_KEYS, "gradients summed in bf16: in fp32, BF16_Optimizer reduces its own way"
     else:
         yield "bf16", ["immediate_grad_update"], "stage 1 with data_types.grad_accum_dtype fp32"
@@ -257,10 +256,20 @@ def batch(config: dict, args: argparse.Namespace, ranks: int) -> Iterator[Check]
         yield Check("warn", "train_batch_size", f"{total}, right for {ranks} ranks only", f"none: it is {product}")
     else:
         yield Check("ok", "train_batch_size", f"{total} sequences a step", product)
-    summed = section(config, "data_types").get("grad_accum_dtype")
-    if args.precision == "bf16" and args.gradient_accumulation_steps > 1 and summed in (None, "bf16"):
+    summed = section(config, "data_types").get("grad_accum_dtype") or args.precision
+    if alone_at_stage_1(config) and summed == "fp32":
+        found = "fp32, for which stage 1 takes BF16_Optimizer: the script cannot read its states and ends at step 2"
+        yield Check("warn", "data_types.grad_accum_dtype", found, "bf16, or stage 2")
+    elif args.precision == summed == "bf16" and args.gradient_accumulation_steps > 1:
         found = f"{args.gradient_accumulation_steps} micro batches are summed in bf16"
-        yield Check("warn", "data_types.grad_accum_dtype", found, "fp32, where memory allows")
+        wanted = "fp32, where memory allows" + ", with stage 2" * alone_at_stage_1(config)
+        yield Check("warn", "data_types.grad_accum_dtype", found, wanted)
+
+
+def alone_at_stage_1(config: dict) -> bool:
+    """Stage 1 in bf16 without offload, where DeepSpeed changes its optimizer class for sums in fp32."""
+    zero, bf16 = section(config, "zero_optimization"), section(config, "bf16").get("enabled", False)
+    return bf16 and zero["stage"] == 1 and section(zero, "offload_optimizer").get("device", "none") == "none"
 
 
 def optimizer(config: dict) -> Iterator[Check]:

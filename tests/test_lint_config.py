@@ -254,7 +254,11 @@ WARNINGS: dict[str, tuple[dict, dict, int, dict[str, str]]] = {  # JSON, options
         zero(changed(gradient_accumulation_steps=2, data_types={"grad_accum_dtype": "fp32"}), stage=1),
         {},
         1,
-        {"zero_optimization.reduce_bucket_size": "does nothing here"},
+        {
+            "zero_optimization.reduce_bucket_size": "does nothing here",
+            "data_types.grad_accum_dtype": "fp32, for which stage 1 takes BF16_Optimizer: the script cannot read its "
+            "states and ends at step 2",
+        },
     ),
     "a scheduler that multiplies the rate": (
         changed(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}}),
