@@ -230,7 +230,8 @@ class Launcher:
         """Exit code, and what it printed."""
         flags = {"dataset": "sample", "tokenizer": self.tokenizer, "output_dir": output, "eval_interval": 0} | flags
         words = command(script, ranks=ranks, limit=limit, flags=flags)
-        env = environment(device, ranks, self.folder / "tokens")
+        sharing = self.plan.ranks if self.plan.rehearsal else ranks  # Base's threads, too, crawl on cores in use
+        env = environment(device, sharing, self.folder / "tokens")
         log = output.with_suffix(".log")
         with log.open("w", encoding="utf-8") as screen:
             process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=screen, stderr=subprocess.STDOUT)
@@ -265,12 +266,13 @@ def command(script: str, *, ranks: int, limit: int, flags: dict[str, object]) ->
     return words
 
 
-def environment(device: str, ranks: int, tokens: Path) -> dict[str, str]:
+def environment(device: str, sharing: int, tokens: Path) -> dict[str, str]:
+    """Of a training process that shares the cores with so many others."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     env |= {"GPTLIKE_CACHE": str(tokens), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # this Python's ninja
     env["NVIDIA_TF32_OVERRIDE"] = "0"  # some containers turn TF32 on, and fp32 would be no fp32
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))  # torchrun sets 1: Offload crawls
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // sharing)))  # torchrun sets 1: Offload crawls
     return env | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 
