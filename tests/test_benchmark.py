@@ -235,7 +235,8 @@ def test_quality_is_measured_alike_and_a_finished_run_is_not_run_again(tmp_path:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/metrics.jsonl")}
     again = run(words)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert (again.stdout, {path: path.stat().st_mtime_ns for path in before}) == (done.stdout, before)
+    assert done.stdout.endswith(again.stdout)  # the first also prepared the tokens
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     other = run([*words, "--tokens", "4000"])
     assert other.returncode == 1 and "holds a run with other settings" in other.stderr
 
@@ -304,7 +305,7 @@ def test_a_script_under_the_profiler(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "profile.md").read_text()
     assert text in done.stdout
-    for row in ("| matmul |", "| attention |", "| `aten::_fused_adamw_` |"):
+    for row in ("| matmul |", "| attention |", "| optimizer |"):
         assert row in text
     few = run([*words, "6"])
     assert few.returncode == 1 and "at least 7 are needed" in few.stderr and "Traceback" not in few.stderr
