@@ -143,12 +143,13 @@ def made_up(**changes: object) -> gpu.Run:
     """A run of 1,000,000 parameters on one GPU, as it has to be."""
     losses = changes.get("losses", [11.0, 10.0, 9.0])
     states = changes.get("states", 12_000_000)
+    more = {f"{kind} on nvme": {"held": GIB, "formula": 0} for kind in changes.get("on_nvme", ())}
     ledger = {"parameters on cuda": {"held": 2_000_000, "formula": 2_000_000},
               "optimizer_states on cuda": {"held": states, "formula": 12_000_000},
               "gradients_and_buckets on cuda": {"held": 2_500_000, "formula": 2_000_000}}  # fmt: skip
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
     lines += [{"step": 10, "mfu": mfu} for mfu in changes.get("mfu", [0.01, 0.31, 0.33, 0.32])]
-    summary = {"ledger": ledger, "tokens_per_second": 400_000.0, "peak_memory_gib": 1.5}
+    summary = {"ledger": ledger | more, "tokens_per_second": 400_000.0, "peak_memory_gib": 1.5}
     screen = f"world size 1, hosts 1, device {changes.get('device', 'H100')}, precision bf16\n"
     return gpu.Run(screen, lines, summary, changes.get("allocated", 16_500_000 + 2**26))
 
@@ -159,8 +160,12 @@ def check(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
 
     def build(*, on_cpu: gpu.Run | None = None, **changes: object) -> gpu.Check:
+        def train(script: str, *, device: str, **flags: object) -> gpu.Run:
+            assert json.dumps(flags)  # they are the key under which a run is known
+            return on_cpu if device == "cpu" else made_up(**changes)
+
         check = gpu.Check(gpu.gpu_plan(1, int(80e9), int(200e9)), Namespace(folder="."), None)
-        check.launcher.train = lambda script, *, device, **_: on_cpu if device == "cpu" else made_up(**changes)
+        check.launcher.train = train
         return check
 
     return build
@@ -180,11 +185,11 @@ def test_part_scripts(check):
 
 
 def test_part_parity(check):
-    cpu = made_up(losses=[11.0, 10.04, 9.0])
-    assert judged(check(on_cpu=cpu), "parity") == ("ok", "4.0e-02")
-    assert judged(check(on_cpu=made_up(losses=[11.0, 10.06, 9.0])), "parity") == ("FAIL", "6.0e-02")
+    cpu = made_up(losses=[11.0, 10.01, 9.0])
+    assert judged(check(on_cpu=cpu), "parity") == ("ok", "1.0e-02")
+    assert judged(check(on_cpu=made_up(losses=[11.0, 10.03, 9.0])), "parity") == ("FAIL", "3.0e-02")
     assert judged(check(on_cpu=cpu, losses=[11.0, float("nan"), 9.0]), "parity")[0] == "FAIL"
-    assert judged(check(on_cpu=cpu), "parity", 6) == ("FAIL", "4.0e-02")  # Base in fp32
+    assert judged(check(on_cpu=cpu), "parity", 6) == ("FAIL", "1.0e-02")  # Base in fp32
     assert judged(check(on_cpu=made_up(losses=[11.0, 10.0009, 9.0])), "parity", 7)[0] == "ok"
     assert judged(check(on_cpu=made_up(losses=[11.0, 10.0])), "parity") == ("FAIL", "3 steps, on the CPU 2")
 
@@ -228,6 +233,23 @@ def test_part_offload(check, monkeypatch, code, screen, verdict, found):
     one.launcher.launch = lambda *_: (code, screen)
     usual = "not enough memory for Base's 1,557.7M parameters; Offload trains 1,557.7M, peak 1.50 GiB"
     assert judged(one, "offload") == (verdict, found or usual)
+
+
+def test_part_nvme(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "no_nvme", lambda *, on_gpu: None)
+
+    def found(*on_nvme: str) -> tuple[str, str]:
+        one = check(on_nvme=on_nvme)
+        one.launcher.folder = tmp_path
+        return judged(one, "nvme")
+
+    assert found("parameters", "optimizer_states") == (
+        "ok", "parameters on nvme 1.000 GiB, optimizer_states on nvme 1.000 GiB"
+    )  # fmt: skip
+    assert found("parameters") == ("FAIL", "parameters on nvme 1.000 GiB")
+    assert found() == ("FAIL", "nothing on NVMe")
+    config = json.loads((tmp_path / "nvme.json").read_text())["zero_optimization"]
+    assert {config[name]["nvme_path"] for name in ("offload_optimizer", "offload_param")} == {str(tmp_path / "nvme")}
 
 
 def test_part_nvme_says_why_it_is_skipped(check, monkeypatch):
