@@ -759,7 +759,8 @@ def bytes_held(
     rest = gradients + [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     kinds = {"parameters": parameters, "optimizer_states": optimizer_states}
     if activations is not None:  # what autograd saved, masks too, and what leads there
-        kinds["activations"] = activations + [tensor for tensor in rest if tensor is not None and tensor.grad_fn]
+        saved = activations + [tensor for tensor in rest if tensor is not None and tensor.grad_fn]
+        kinds["activations"] = [tensor for tensor in saved if type(tensor) is not nn.Parameter]
     for kind, tensors in (kinds | {"gradients_and_buckets": rest}).items():
         for tensor in tensors:
             if tensor is None or tensor.device.type == "meta":
