@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("zero1", "zero2", "zero3", "zero_offload", "zero3_offload", "zero_infinity")
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a weight, an activation, a gradient
 GIB, SUFFIXES = 2**30, {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-CHUNK = 1024  # tokens whose logits LinearCrossEntropy (region model) holds at once
 DEFAULTS = {  # DeepSpeed's, of the keys of zero_optimization that cost memory or time
     "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_max_reuse_distance": 1e9,
     "sub_group_size": 1e9,
@@ -115,12 +114,20 @@ def formula(parameters: int, ranks: int, stage: int, precision: str = "bf16") ->
     return {kind: parameters * unit / (ranks if stage >= first else 1) for kind, (first, unit) in sizes.items()}
 
 
+def own_gradients(model: Model, plan: Plan, ranks: int) -> float:
+    """Bytes, of the parameters that this rank updates. At stages 1 and 2 one that the partition cuts is kept whole: on
+    rank 0 the embedding, where it is larger than a partition."""
+    share = model.parameters / ranks
+    whole = model.embedding if plan.stage < 3 and plan.optimizer == "gpu" else 0
+    return WIDTH[plan.precision] * max(share, whole)
+
+
 def ledger(model: Model, plan: Plan, ranks: int) -> dict[str, float]:
-    """What the scripts print as held between a backward pass and a step. The formula but for the gradients: stage 1
-    keeps no more than its own either, stage 3 its bucket, and the offloads what the CPU's Adam works on."""
+    """What rank 0 prints as held between a backward pass and a step. The formula but for the gradients: stage 1 keeps
+    no more than its own either, stage 3 its bucket, and the offloads what the CPU's Adam works on."""
     width, share = WIDTH[plan.precision], model.parameters / ranks
     states = formula(model.parameters, ranks, plan.stage, plan.precision)
-    held = width * (share if plan.stage else model.parameters)
+    held = own_gradients(model, plan, ranks) if plan.stage else width * model.parameters
     if plan.stage == 3:
         held += width * plan.number("reduce_bucket_size")
     elif plan.optimizer == "cpu":
@@ -152,20 +159,29 @@ def activations(model: Model, plan: Plan, *, dropout: float, checkpointing: bool
 
 
 def logits(model: Model, plan: Plan) -> dict[str, float]:
-    """LinearCrossEntropy's working memory beside that: a chunk's logits three times in fp32, and the weight's gradient
-    in fp32; in the backward pass that gradient, its scaled copy, and, in 16 bits, the copy in those."""
+    """LinearCrossEntropy's working memory beside that. Forward: some rows' logits, their fp32 copy and log-softmax, the
+    rest of the rows before, the weight's gradient in fp32. Backward: that gradient, scaled, and a copy in 16 bits."""
     width, tokens = WIDTH[plan.precision], plan.micro_batch * model.block_size
-    several = width if tokens > CHUNK else 0  # the gradient of the chunk before is still there
-    forward = 12 * min(tokens, CHUNK) * model.vocab_size + (4 + several) * model.embedding
+    rows = 256 * (1 + model.vocab_size // 2**14)  # as in region model
+    ahead, after = (10, 6) if width == 2 else (8, 4)  # bytes a logit: until the log-softmax; then until the next rows'
+    first = ahead + (after if tokens > rows else 0)
+    elements = min(tokens, rows) * model.vocab_size
+    forward = 4 * model.embedding + max(first * elements, after * elements + width * model.embedding)
     return {"forward": forward, "backward": (8 + width % 4) * model.embedding}
+
+
+def stays_gathered(model: Model, plan: Plan) -> float:
+    """Elements of weights that stage 3 keeps whole between forward and backward pass: those whose next use is at most
+    stage3_max_reuse_distance elements away, there and back; and what is fetched ahead."""
+    near = plan.number("stage3_max_reuse_distance") / 2 + plan.number("stage3_prefetch_bucket_size")
+    return min(model.parameters, near + model.largest)
 
 
 def resident(model: Model, plan: Plan, ranks: int) -> float:
     """Held on the GPU all the time beside model states: see the docstring on "buffers"."""
     width = WIDTH[plan.precision]
-    if plan.stage == 3:  # a weight stays gathered when its next use is at most max_reuse_distance elements away
-        near = plan.number("stage3_max_reuse_distance") / 2 + plan.number("stage3_prefetch_bucket_size")
-        return width * (min(model.parameters, near + model.largest) + plan.number("reduce_bucket_size"))
+    if plan.stage == 3:
+        return width * (stays_gathered(model, plan) + plan.number("reduce_bucket_size"))
     if plan.stage == 0:
         return width * model.parameters if ranks > 1 else 0  # DDP's buckets
     return width * model.largest if plan.optimizer == "cpu" else 0
@@ -183,7 +199,7 @@ def gradients(model: Model, plan: Plan, ranks: int) -> dict[str, float]:
     """Bytes of gradients, and of what they travel in, on the GPU by part of a training step: the forward pass; of the
     backward pass the head, the last block, which comes first, the first block, and the end; the optimizer's step."""
     width, share = WIDTH[plan.precision], model.parameters / ranks
-    whole, own, way = width * model.parameters, width * share, bucket(model, plan)
+    whole, own, way = width * model.parameters, own_gradients(model, plan, ranks), bucket(model, plan)
     parts = ("forward", "head", "last block", "first block", "end", "step")
     if plan.optimizer != "gpu":
         return dict(zip(parts, (0, way, way, way, way, 0), strict=True))
@@ -275,13 +291,15 @@ def deepspeed_estimate(model: Model, plan: Plan, machine: Machine) -> tuple[int,
 
 # Time
 def sent(model: Model, plan: Plan, ranks: int) -> tuple[float, float]:
-    """Bytes that a rank sends in an optimizer step: by the paper, and as DeepSpeed 0.19.8 does it. At stages 1 and 2
-    that by default all-reduces gradients instead of scattering them; from stage 2 on it does so each micro batch."""
+    """Bytes that a rank sends in an optimizer step: by the paper, and as DeepSpeed 0.19.8 does it. That all-reduces
+    gradients at stages 1 and 2 instead of scattering them, unless told otherwise; gathers at stage 3 a second time only
+    what has not stayed gathered; and from stage 2 on sends for each micro batch."""
     weights = model.parameters * WIDTH[plan.precision] * (ranks - 1) / ranks
     times = plan.accumulation if plan.stage >= 2 else 1
     reduce = 2 if plan.stage in (1, 2) and plan.zero.get("use_multi_rank_bucket_allreduce", True) else 1
+    again = 1 - stays_gathered(model, plan) / model.parameters
     paper = (3 if plan.stage == 3 else 2) * weights
-    return paper, weights * {0: 2, 1: reduce + 1, 2: reduce * times + 1, 3: 3 * times}[plan.stage]
+    return paper, weights * {0: 2, 1: reduce + 1, 2: reduce * times + 1, 3: (2 + again) * times}[plan.stage]
 
 
 class Rates(NamedTuple):

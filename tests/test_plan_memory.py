@@ -8,6 +8,8 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,16 +115,16 @@ def peak_bytes(prof: profile, start: str, end: str | None = None) -> int:
     return top
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("precision", "dropout"), [("bf16", 0.0), ("bf16", 0.1), ("fp32", 0.0)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("shape", "batch_size"),
     [((6, 4, 256, 64, 64), 16), ((2, 4, 64, 128, 8192), 16), ((2, 8, 512, 64, 1024), 4), ((1, 8, 512, 32, 8192), 8)],
     ids=["activations", "logits", "mixed", "head"],
 )
-def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, checkpointing, precision):
+def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, checkpointing, precision, dropout):
     model = planner().Model(*shape)
-    args = SimpleNamespace(**model._asdict(), dropout=0.0, activation_checkpointing=checkpointing)
+    args = SimpleNamespace(**model._asdict(), dropout=dropout, activation_checkpointing=checkpointing)
     tokens = torch.zeros((batch_size, model.block_size), dtype=torch.long)
     gc.collect()  # what an earlier test left must not be freed in this one's account
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -132,12 +134,13 @@ def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, 
         with record_function("backward"):
             loss.backward()
     plan = plan_of(None, "--batch_size", str(batch_size), "--precision", precision)
-    planned = planner().moments(model, plan, 1, dropout=0.0, checkpointing=checkpointing)
-    del planned["step"]
+    planned = planner().moments(model, plan, 1, dropout=dropout, checkpointing=checkpointing)
     states = planner().formula(model.parameters, 1, 0, precision)["optimizer_states"]
+    planned = {part: size - states for part, size in planned.items() if part != "step"}
+    cast = 4 * model.embedding if precision == "bf16" else 0  # fp32 += bf16, which on a CPU makes a copy, on a GPU none
     if not checkpointing:
-        assert peak_bytes(prof, "forward", "backward") == pytest.approx(planned["forward"] - states, rel=0.02)
-    assert peak_bytes(prof, "forward") == pytest.approx(max(planned.values()) - states, rel=0.07)
+        assert 0.98 * planned["forward"] < peak_bytes(prof, "forward", "backward") < 1.02 * (planned["forward"] + cast)
+    assert 0.95 * max(planned.values()) < peak_bytes(prof, "forward") < 1.1 * max(planned.values()) + cast
 
 
 LEDGERS = [(None, 1), *((config, ranks) for ranks in (1, 2, 4) for config in CONFIGS[:-1])]
@@ -171,12 +174,31 @@ VARIANTS = {
 }  # precision, micro batch, accumulation, checkpointing, zero_optimization
 
 
-def measure_peaks(variant: str, folder: Path) -> None:
-    """Run by torchrun on each rank: the most bytes that an optimizer step allocates under each JSON, into folder."""
+def measure_sent(step: Callable[[], None], ranks: int) -> float:
+    """Bytes that a rank sends in `step`, as rings send them, from what DeepSpeed's logger of communication sees."""
+    from deepspeed.comm import comm
+
+    calls, logger = [], comm.comms_logger
+    logger.append = lambda operation, _name, _seconds, size: calls.append((operation, size))
+    logger.enabled = logger.prof_all = True
+    step()
+    logger.enabled = False
+    times = {"all_reduce": 2 / ranks, "reduce_scatter_tensor": 1 / ranks, "all_gather_into_tensor": 1}  # of its piece
+    return sum(size * times.get(operation, 0) * (ranks - 1) for operation, size in calls)
+
+
+def optimizer_step(run: object, batches: list[tuple]) -> None:
+    run.forward_backward(batches)
+    run.model.step()
+
+
+def measure(variant: str, folder: Path) -> None:
+    """Run by torchrun on each rank: the most bytes that an optimizer step allocates under each JSON, and the bytes that
+    it sends, into folder."""
     precision, micro_batch, accumulation, checkpointing, zero = VARIANTS[variant]
-    first, peaks = load_script(ZERO["zero2"]), {}
+    first, peaks, sent = load_script(ZERO["zero2"]), {}, {}
     args = first.build_parser().parse_args([])
-    args.rendezvous_timeout = 60
+    vars(args).update(rendezvous_timeout=60, verbose=False)
     device = first.start_distributed(args)
     for config in CONFIGS[:-1]:
         module = load_script(ZERO[config])
@@ -189,47 +211,46 @@ def measure_peaks(variant: str, folder: Path) -> None:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             engine = module.build_engine(args, SHAPE[4], module.load_ds_config(args, device))
             run = getattr(module, "OffloadRun", module.EngineRun)(engine, args)
-            for step in range(3):
-                with record_function(f"step {step}"):
-                    run.forward_backward([(tokens, tokens)] * accumulation)
-                    engine.step()
-        peaks[config] = peak_bytes(prof, "step 2")
+            step = partial(optimizer_step, run, [(tokens, tokens)] * accumulation)
+            for number in range(3):
+                with record_function(f"step {number}"):
+                    step()
+        peaks[config], sent[config] = peak_bytes(prof, "step 2"), measure_sent(step, 2)
         engine.destroy()
-        del engine, run, prof
-    (folder / f"rank{first.rank()}").write_text(json.dumps(peaks), encoding="utf-8")
+        del engine, run, step, prof
+    found = {"peaks": peaks, "sent": sent}
+    (folder / f"rank{first.rank()}").write_text(json.dumps(found), encoding="utf-8")
     first.dist.barrier()
     first.leave(0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_peaks_are_the_measured_ones(tmp_path, variant):
+def test_peaks_and_bytes_sent_are_the_measured_ones(tmp_path, variant):
     """On CPU ranks, where what is offloaded lies in the same memory as all the rest."""
     precision, micro_batch, accumulation, checkpointing, zero = VARIANTS[variant]
     for config in CONFIGS[:-1]:
         content = json.loads((ROOT / "configs" / f"{config}.json").read_text(encoding="utf-8"))
         content["zero_optimization"] |= zero
         (tmp_path / f"{config}.json").write_text(json.dumps(content), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    done = subprocess.run([*command, __file__, variant, tmp_path], capture_output=True, text=True, timeout=240)
+    torchrun = f"-m torch.distributed.run --nproc_per_node 2 --master_port {free_port()}".split()
+    words = [sys.executable, *torchrun, __file__, variant, tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "rank0").read_text(encoding="utf-8"))
     words = ["--batch_size", str(micro_batch), "--gradient_accumulation_steps", str(accumulation)]
     args, model = parse(*words, "--precision", precision), planner().Model(*SHAPE)
-    planned = {}
-    for config in measured:
+    peaks, sent = {}, {}
+    for config in CONFIGS[:-1]:
         plan = planner().read_plan(tmp_path / f"{config}.json", args)
-        planned[config] = planner().peak(model, plan, 2, dropout=0.0, checkpointing=checkpointing)
-        planned[config] += planner().offloaded(model, plan, 2)
-    assert measured == pytest.approx(planned, rel=0.1)
+        peaks[config] = planner().peak(model, plan, 2, dropout=0.0, checkpointing=checkpointing)
+        peaks[config] += planner().offloaded(model, plan, 2)
+        sent[config] = planner().sent(model, plan, 2)[1]
+    assert measured["peaks"] == pytest.approx(peaks, rel=0.1)
+    if "stage3_max_reuse_distance" in zero:  # more stays gathered than that says: what was fetched ahead, too
+        for config in ("zero3", "zero3_offload"):
+            assert 2 / 3 * sent[config] < measured["sent"].pop(config) < sent.pop(config)
+    assert measured["sent"] == pytest.approx(sent, rel=0.001)
 
 
 # Verdicts
@@ -285,8 +306,8 @@ def test_host_memory_can_be_what_lacks():
         ("zero1", 4, 2, 3),
         ("zero2", 1, 2, 3),
         ("zero2", 4, 2, 9),
-        ("zero3", 1, 3, 3),
-        ("zero3", 4, 3, 12),
+        ("zero3", 1, 3, 2),
+        ("zero3", 4, 3, 8),
     ],
 )
 def test_what_is_sent(config, accumulation, paper, really):
@@ -296,9 +317,15 @@ def test_what_is_sent(config, accumulation, paper, really):
     assert planner().sent(model, plan, 64) == (paper * weights, really * weights)
     assert planner().sent(model, plan, 1) == (0, 0)
     scattered = plan._replace(zero=plan.zero | {"use_multi_rank_bucket_allreduce": False})
-    assert (
-        planner().sent(model, scattered, 64)[1] == {"zero3": really, "zero2": accumulation + 1}.get(config, 2) * weights
-    )
+    expected = {"zero1": 2, "zero2": accumulation + 1, "zero3": really}[config]
+    assert planner().sent(model, scattered, 64)[1] == expected * weights
+
+
+def test_stage_3_gathers_a_large_model_twice():
+    model = planner().shape_of(10 * 10**9, 1024, 50304)
+    paper, really = planner().sent(model, plan_of("zero3"), 64)
+    kept = (0.5e9 + 5e6 + model.largest) / 1e10  # reuse distance 1e9, there and back; prefetch bucket; largest weight
+    assert (paper, really) == (3 * 2e10 * 63 / 64, pytest.approx((3 - kept) * 2e10 * 63 / 64))
 
 
 def test_bounds_and_scaling_follow_from_rate_and_link():
@@ -306,14 +333,13 @@ def test_bounds_and_scaling_follow_from_rate_and_link():
     facts = found(
         *words, "--ds_config", str(ROOT / "configs" / "zero3.json"), str(ROOT / "configs" / "zero_offload.json")
     )
-    parameters = facts["model"]["parameters"]
-    seconds = [3 * 4 * parameters * 3 / 4 / 5e8, 3 * 4 * parameters * 3 / 4 / 5e8]  # stages 2 and 3
+    sent = 4 * facts["model"]["parameters"] * 3 / 4
+    seconds = [3 * sent / 5e8, 2 * sent / 5e8]  # stages 2 and 3
     assert [row["stage"] for row in facts["communication"]] == ["ZeRO-2", "ZeRO-3"]
     assert [row["seconds"] for row in facts["communication"]] == pytest.approx(seconds)
     assert [row["compute_seconds"] for row in facts["communication"]] == [1.0, 1.0]  # 8 x 256 tokens
-    assert [row["tokens_per_second_bound"] for row in facts["communication"]] == pytest.approx(
-        [4 * 2048 / seconds[0]] * 2
-    )
+    bounds = [row["tokens_per_second_bound"] for row in facts["communication"]]
+    assert bounds == pytest.approx([4 * 2048 / seconds[0], 4 * 2048])  # the link, computing
     one, four = facts["scaling"][:2]
     assert (one["weak"], one["strong"]) == (2048, 2048)
     assert four["weak"] == pytest.approx(4 * 2048 / (1 + seconds[0]))
@@ -331,7 +357,7 @@ def test_the_tables(capsys, monkeypatch):
     }
     assert lines[0].startswith("7,500,000,000 parameters; about this shape: 33 layers, ")
     assert sum(line.startswith("| stage |") for line in lines) == 3
-    assert rows["ZeRO-3, optimizer and parameters on CPU"][1:3] == ["1.75", "0.79 / 23.57"]
+    assert rows["ZeRO-3, optimizer and parameters on CPU"][1:3] == ["1.75", "0.80 / 23.57"]
     assert [line for line in lines if line.startswith("The first")] == ["The first that fits 80 GiB: ZeRO-1"]
     assert "A step of 64 ranks, each sending at 25 GB/s:" in lines
     assert "Scaling, if nothing is sent while a rank computes:" in lines
@@ -447,4 +473,4 @@ def test_a_folder_in_place_of_a_json(tmp_path):
 
 
 if __name__ == "__main__":
-    measure_peaks(sys.argv[1], Path(sys.argv[2]))
+    measure(sys.argv[1], Path(sys.argv[2]))
