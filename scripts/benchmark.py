@@ -254,10 +254,10 @@ def flops_per_token(parameters: int, args: argparse.Namespace) -> int:
 
 
 def gemms(vocabulary: int, args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
-    """(rows, inputs, outputs, count) of a forward pass's matmuls: a batch in the blocks, 1,024 tokens in the head."""
-    rows, width = args.batch_size * args.block_size, args.d_model
+    """(rows, inputs, outputs, count) of a forward pass's matmuls: a batch in the blocks, a part of it in the head."""
+    rows, width, part = args.batch_size * args.block_size, args.d_model, 256 * (1 + vocabulary // 2**14)
     blocks = [(rows, a * width, b * width, args.n_layer) for a, b in LINEARS]
-    return [*blocks, (min(rows, 1024), width, -(-vocabulary // 64) * 64, -(-rows // 1024))]
+    return [*blocks, (min(rows, part), width, -(-vocabulary // 64) * 64, -(-rows // part))]
 
 
 def ceiling_gflops(vocabulary: int, precision: str, args: argparse.Namespace, repeats: int = 5) -> float:
