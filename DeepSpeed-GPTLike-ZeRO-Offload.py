@@ -1120,14 +1120,13 @@ JSON_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumula
     gradient_clipping bf16 fp16 data_types torch_autocast zero_optimization zero_allow_untested_optimizer
     zero_force_ds_cpu_optimizer activation_checkpointing checkpoint aio communication_data_type prescale_gradients
     gradient_predivide_factor sparse_gradients steps_per_print wall_clock_breakdown dump_state memory_breakdown
-    flops_profiler comms_logger tensorboard wandb csv_monitor comet monitor_config compile compression_training
+    flops_profiler comms_logger tensorboard wandb csv_monitor comet compile compression_training
     data_efficiency elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
 POSITIVE = dict.fromkeys(JSON_KEYS[:3], int) | {"lr": float, "gradient_clipping": float}
 VALID_LR_SCHEDULES = deepspeed.runtime.lr_schedules.VALID_LR_SCHEDULES
-DEEPSPEED_ADAM_KEYS = {"torch_adam", "adam_w_mode", "bias_correction"}
 REFUSALS = (pydantic.ValidationError, deepspeed.runtime.config.DeepSpeedConfigError, AssertionError, ArithmeticError,
             LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # fmt: skip
-ADAM_KEYS = "lr betas eps weight_decay torch_adam adam_w_mode bias_correction amsgrad fused foreach".split()
+ADAM_KEYS = "lr betas eps weight_decay torch_adam adam_w_mode amsgrad fused foreach".split()
 
 
 def read_json(path: str) -> dict:
@@ -1259,7 +1258,7 @@ def trial_problems(config: dict) -> list[str]:
     if not is_optimizer(name):
         return []  # DeepSpeed's own
     try:
-        what, given = "optimizer", {key: params[key] for key in params if key not in DEEPSPEED_ADAM_KEYS}
+        what, given = "optimizer", {key: params[key] for key in params if key not in ("torch_adam", "adam_w_mode")}
         optimizer = getattr(torch.optim, name)([torch.zeros(1)], **given)
         allowed = config.get("zero_allow_untested_optimizer")
         if not allowed and type(optimizer) not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
@@ -1373,8 +1372,8 @@ class EngineRun:
     def held(self, activations: list | None = None) -> dict[str, int]:
         zero, states = self.model.optimizer, self.model.basic_optimizer.state.values()  # of each: momentum and variance
         tensors = [value for state in states for value in state.values() if torch.is_tensor(value)]
-        copies = "fp32_partitioned_groups_flat" if self.args.zero_stage == 3 else "single_partition_of_fp32_groups"
-        tensors += getattr(zero, copies)
+        copies = "fp32_partitioned_groups_flat single_partition_of_fp32_groups fp32_groups_flat_partition".split()
+        tensors += next(getattr(zero, name) for name in copies if hasattr(zero, name))
         parameters = list(self.model.module.parameters())
         pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # ZeRO-3 keeps this rank's
         return bytes_held(pieces, tensors, [parameter.grad for parameter in parameters], activations)

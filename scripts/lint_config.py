@@ -56,7 +56,6 @@ NOT_HERE = {  # read by DeepSpeed, but not on the way that the scripts take
     "activation_checkpointing": "--activation_checkpointing: the model recomputes by PyTorch's checkpoint",
     "autotuning": "deepspeed --autotuning",
     "data_efficiency": "DeepSpeed's own data loader",
-    "monitor_config": "nothing: write tensorboard, csv_monitor, wandb or comet at the top",
     "zero_force_ds_cpu_optimizer": "an optimizer that the script builds; these take the JSON's",
 }
 SILENT = {  # sections in which DeepSpeed ignores a key that it does not know, and the scripts do not look

@@ -126,7 +126,7 @@ def test_more_ranks_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     module = load_script(ZERO["zero2"])
     with pytest.raises(module.UserError, match="2 ranks here but 1 GPUs: start one rank per GPU"):
-        module.start_distributed(argparse.Namespace(local_rank=0))
+        module.start_distributed(argparse.Namespace(local_rank=0, verbose=False))
 
 
 def host(number: int, port: int, *words: object, **env: str) -> subprocess.Popen:

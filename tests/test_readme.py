@@ -1,6 +1,7 @@
 """README.md and the scripts' docstrings are true: commands parse, files exist, tables and quotations are the code's."""
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -67,7 +68,7 @@ def check_tool(path: str, words: list[str]) -> None:
     """A Python tool of scripts/: its parser takes the words, or where that is out of reach its help names the flags."""
     assert re.fullmatch(r"scripts/\w+\.py", path) and (ROOT / path).is_file(), path
     module = load_script(Path(path).name)
-    if hasattr(module, "build_parser"):
+    if hasattr(module, "build_parser") and not inspect.signature(module.build_parser).parameters:
         module.build_parser().parse_args(words)
         return
     shown = io.StringIO()
