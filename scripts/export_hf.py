@@ -268,7 +268,8 @@ def missing_shards(folder: Path, settings: dict, hosts: list[str]) -> list[str]:
         wanted[f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = rank
         if by_rank:
             wanted[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] = rank
-    missing, host = {name: rank for name, rank in wanted.items() if not (folder / name).is_file()}, dict(enumerate(hosts))
+    missing = {name: rank for name, rank in wanted.items() if not (folder / name).is_file()}
+    host = dict(enumerate(hosts))
     return [f"{name} of rank {rank}, written on host {host.get(rank)}" for name, rank in missing.items()]
 
 
