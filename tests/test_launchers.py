@@ -56,9 +56,10 @@ def test_shell_is_sound(script):
         ({"NUM_GPUS": "1"}, 8, "deepspeed --quiet --num_gpus 1 --master_port 29500"),
         ({"MASTER_PORT": "29501"}, 2, "deepspeed --quiet --master_port 29501"),
         ({"CUDA_VISIBLE_DEVICES": "0,2"}, 4, "deepspeed --quiet --include localhost:0\\,2 --master_port 29500"),
-        ({"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"}, 4, "deepspeed --quiet --include localhost:3 --master_port"),
+        ({"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"}, 4,
+         "deepspeed --quiet --include localhost:3 --master_port 29500"),
         ({"CUDA_VISIBLE_DEVICES": ""}, 0, "deepspeed --quiet --num_gpus 2 --master_port 29500"),
-    ],
+    ],  # fmt: skip
     ids=str,
 )
 def test_run_local_takes_the_devices_asked_for(machine, env, gpus, launch):
