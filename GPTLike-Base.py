@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # The numbers of configs/zero1.json, so that all scripts start from one recipe (a test compares them).
-DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 3e-4, "weight_decay": 0.1, "precision": "bf16"}
+DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 6e-4, "weight_decay": 0.1, "precision": "bf16"}
 BETAS, EPS, GRADIENT_CLIPPING = (0.9, 0.95), 1e-8, 1.0
 
 

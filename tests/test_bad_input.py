@@ -80,7 +80,7 @@ JSON: dict[str, tuple[object, str]] = {
     "null_batch": (changed(train_micro_batch_size_per_gpu=None), "train_micro_batch_size_per_gpu is None, not"),
     "true_batch": (changed(gradient_accumulation_steps=True), "gradient_accumulation_steps is True, not"),
     "rate_nan": (optimizer(lr=float("nan")), "is not JSON"),
-    "rate_1e999": (json.dumps(GOOD).replace("0.0003", "1e999").encode(), "is not JSON"),
+    "rate_1e999": (json.dumps(GOOD).replace("0.0006", "1e999").encode(), "is not JSON"),
     "betas_word": (optimizer(betas="many"), "json/betas_word.json:\n  optimizer"),
     "betas_one": (optimizer(betas=[0.9]), "json/betas_one.json:\n  optimizer"),
     "betas_two": (optimizer(betas=[0.9, 2]), "json/betas_two.json:\n  optimizer"),

@@ -424,7 +424,7 @@ def test_a_finished_run_keeps_its_args(base, tmp_path):
     assert base(tmp_path)[0] == 0
     code, printed = base(tmp_path, lr=0.5)
     assert code == 0 and "this run is finished: 8 steps, see " in printed
-    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 3e-4
+    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 6e-4
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_given_flags_win_and_say_what_they_replace(tmp_path, capsys):
     path = tmp_path / "ds.json"
     assert [line for line in lines if "replaces" in line] == [
         f"--batch_size 2 replaces 8 of {path}",
-        f"--lr 0.0001 replaces 0.0003 of {path}",
+        f"--lr 0.0001 replaces 0.0006 of {path}",
         f"--precision fp32 replaces bf16 of {path}",
     ]
 
@@ -178,7 +178,7 @@ TRAINER = """
 import sys, torch, transformers
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 config, out = sys.argv[1:]
-arguments = TrainingArguments(out, deepspeed=config, max_steps=3, per_device_train_batch_size=8, learning_rate=3e-4,
+arguments = TrainingArguments(out, deepspeed=config, max_steps=3, per_device_train_batch_size=8, learning_rate=6e-4,
     weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, bf16=True, use_cpu=True, report_to=[], logging_steps=1,
     save_strategy="no", gradient_accumulation_steps=1, disable_tqdm=True)
 model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=16, n_embd=32, n_layer=1, n_head=2))

@@ -173,7 +173,7 @@ def test_the_card_says_what_the_run_recorded(tool, train, tmp_path):
         "| data | the language reference that comes with Python (`pydoc_data.topics`), split by topic |",
         f"| tokens seen in training | {20 * 2 * 4 * 32:,} |", "| shape | 2 layers, 4 heads, width 64, 32 positions |",
         f"| parameters | {summary['parameters']:,}, in float32 |", "| optimizer steps | 20 |", "| ranks | 2 |",
-        "| sequences in a step | 8 |", "| `--lr` | 0.0003 |", "| `--precision` | fp32 |", "| ZeRO stage | 2 |",
+        "| sequences in a step | 8 |", "| `--lr` | 0.0006 |", "| `--precision` | fp32 |", "| ZeRO stage | 2 |",
     ):  # fmt: skip
         assert f"{row}\n" in card
     shown = [float(cell) for cell in re.search(r"^\| validation \| (.+) \|$", card, re.MULTILINE)[1].split(" | ")]

@@ -371,7 +371,7 @@ def test_who_wins_between_flag_and_json(tmp_path):
     rows = {check.key: (check.verdict, check.found, check.wanted) for check in checks}
     assert rows["train_micro_batch_size_per_gpu"][1] == "2 by --batch_size, not the JSON's 8"
     assert rows["gradient_accumulation_steps"][1] == "1 by the JSON"
-    assert rows["optimizer.params.lr"][1] == "0.0001 by --lr, not the JSON's 0.0003"
+    assert rows["optimizer.params.lr"][1] == "0.0001 by --lr, not the JSON's 0.0006"
     assert rows["optimizer.params.weight_decay"][1:] == ("0.1 by the JSON", "--weight_decay wins where it is given")
     assert rows["precision"][1] == "fp32 by --precision, not the JSON's bf16"
     assert rows["train_batch_size"] == ("ok", "6 sequences a step", "micro batch 2 x accumulation 1 x 3 ranks")
