@@ -457,15 +457,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):  # (tokens, d_model), (vocab, d_model), (tokens,)
         loss, grad_x, grad_weight = 0.0, torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        rows = 256 * (1 + len(weight) // 2**14)  # logits stay in the cache; a large grad_weight is added to less often
+        rows = min(len(x), 256 * (1 + len(weight) // 2**14))  # what fits the cache; more where grad_weight is large
+        all_logits, product = x.new_empty(rows, len(weight)), torch.empty_like(weight)
+        all_logs = torch.empty_like(all_logits, dtype=torch.float32)
         for part, target, grad_part in zip(x.split(rows), targets.split(rows), grad_x.split(rows), strict=True):
             counts, target = (target != -100).unsqueeze(1), target.clamp_min(0).unsqueeze(1)
-            logs = F.log_softmax(F.linear(part, weight), dim=-1, dtype=torch.float32)  # (rows, vocab)
+            logits, logs = all_logits[: len(part)], all_logs[: len(part)]  # (rows, vocab)
+            torch.mm(part, weight.T, out=logits)
+            torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=logs)
             loss -= (logs.gather(1, target) * counts).sum()
             if any(ctx.needs_input_grad):  # of the logits: probabilities, and 1 less at the target
-                grad = logs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)).to(x.dtype)
-                grad_part.copy_(grad @ weight * counts)
-                grad_weight += grad.T @ (part * counts)
+                logits.copy_(logs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)))
+                grad_part.copy_(logits @ weight * counts)
+                grad_weight += torch.mm(logits.T, part * counts, out=product)
         count = (targets != -100).sum().clamp_min(1)
         ctx.save_for_backward(grad_x, grad_weight, count)
         return loss / count

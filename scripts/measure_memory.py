@@ -92,7 +92,7 @@ def draw(results: dict[tuple[str, int], dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(results) + 1.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(results) + 1.6), layout="constrained")
     labels, bottom = [f"{name}, {ranks}" for name, ranks in results], [0.0] * len(results)
     for kind, colour in KINDS.items():
         widths = [by_kind(found["ledger"], kind)[0] / MIB for found in results.values()]
@@ -102,7 +102,7 @@ def draw(results: dict[tuple[str, int], dict], path: Path) -> None:
     axes.plot(formulas, labels, "|", color="black", markersize=14, label="the formula's sum")
     axes.invert_yaxis()
     axes.set(xlabel="model states of rank 0, MiB", ylabel="stage, ranks")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

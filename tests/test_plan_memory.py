@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, ZERO, free_port, load_script
+from conftest import BASE, ROOT, ZERO, command, free_port, load_script, require_nvme, run
 from torch.profiler import ProfilerActivity, profile, record_function
 
 PLANNER = ROOT / "scripts" / "plan_memory.py"
@@ -163,6 +163,30 @@ def test_ledgers_are_the_measured_ones(train, config, ranks):
     assert measured.keys() == planned.keys()
     for kind, size in planned.items():
         assert measured[kind] == pytest.approx(size, rel=0.02), kind
+
+
+@pytest.mark.drill
+@pytest.mark.timeout(900)  # the op may be compiled here
+def test_nvme_is_the_measured_one(tmp_path):
+    """What DeepSpeed keeps in memory beside its swap files are mostly buffers; small parameters are not swapped."""
+    require_nvme()
+    content = json.loads((ROOT / "configs" / "zero_infinity.json").read_text(encoding="utf-8"))
+    for name in ("offload_optimizer", "offload_param"):
+        content["zero_optimization"][name]["nvme_path"] = str(tmp_path)
+    (tmp_path / "ds.json").write_text(json.dumps(content), encoding="utf-8")
+    model = planner().Model(1, 4, 640, 32, 1024)
+    shape = {name: getattr(model, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
+    shape |= {"dataset": "sample", "tokenizer": "bpe:1024", "batch_size": 2, "max_steps": 3}
+    words = command(ZERO["zero_offload"], ranks=2, output_dir=tmp_path / "run", ds_config=tmp_path / "ds.json", **shape)
+    done = run(words, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = {"cpu": 0, "nvme": 0}
+    for place, row in json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["ledger"].items():
+        measured[place.split(" on ")[1]] += row["held"]
+    plan = planner().read_plan(tmp_path / "ds.json", parse())
+    assert measured["nvme"] == pytest.approx(planner().nvme_bytes(model, plan, 2), rel=0.05)
+    bucket = 2 * plan.number("reduce_bucket_size")  # on a GPU it would be there
+    assert measured["cpu"] == pytest.approx(planner().offloaded(model, plan, 2) + bucket, rel=0.01)
 
 
 SHAPE, SMALL = (4, 4, 256, 64, 2048), {"reduce_bucket_size": 200_000, "stage3_prefetch_bucket_size": 200_000}
