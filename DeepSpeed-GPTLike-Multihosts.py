@@ -63,7 +63,6 @@ import tokenizers
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -514,7 +513,8 @@ class GPTLike(nn.Module):
     def initialize(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             scale = math.sqrt(2 * len(self.blocks)) if hasattr(module, "is_residual") else 1  # 2 branches per block
-            nn.init.normal_(module.weight, std=0.02 / scale)
+            drawn = torch.empty(module.weight.shape, device="cpu")  # under zero.Init, too: a GPU draws other numbers
+            module.weight.data.copy_(drawn.normal_(std=0.02 / scale))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -723,7 +723,8 @@ def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpu
 
 
 # region metrics (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+               "4090 D": 147, "4090": 165, "3090": 71}  # fmt: skip  # 16 bit, dense
 CARRIED = ("step", "best", "seconds", "saving", "ledger")  # of a run, through its checkpoints
 FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
@@ -866,7 +867,8 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
     mine = args.batch_size * args.gradient_accumulation_steps
     index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
     for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
-        yield tuple(tensor.to(device) for tensor in data[part])
+        parts = data[part] if device.type == "cpu" else [tensor.pin_memory() for tensor in data[part]]
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in parts)
 
 
 def catch_signals() -> list[tuple[int, float]]:
@@ -890,7 +892,8 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
     flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
+    known = [tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", card)]
+    peak = args.peak_tflops or next(iter(known), None)
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
     caught, stops = catch_signals(), torch.zeros((), device=device)
     clock, clocked, first, run.began = time.perf_counter(), run.step, run.step, time.monotonic()
@@ -907,8 +910,8 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
             run.update()
         run.step += 1
         bar.update()  # shows on a terminal only
-        stopping = stops.item() > 0  # of the step before, which is there by now: nothing waits for the device
-        stops = sum_over_ranks(torch.tensor(float(bool(caught)), device=device))
+        stopping = stops.item() > 0  # of the step before
+        stops = sum_over_ranks(torch.full((), float(bool(caught)), device=device))
         log_due, eval_due, save_due = (
             run.step == args.max_steps or interval and run.step % interval == 0
             for interval in (args.log_interval, args.eval_interval, args.save_interval)
@@ -1055,14 +1058,14 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
     if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
         log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
-    if torch.cuda.is_available():
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if os.environ["DS_ACCELERATOR"] == "cuda":
         if ranks_here > torch.cuda.device_count():
             raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")
         torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
         join_ranks("nccl", args)
         return torch.device("cuda", local_rank())
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     join_ranks("gloo", args)
@@ -1088,7 +1091,8 @@ def join_ranks(backend: str, args: argparse.Namespace) -> None:
         store = connect(seconds)
         store.set(keys[rank()], socket.gethostname())
         store.wait(keys, timedelta(seconds=seconds))
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+        device = torch.device("cuda", local_rank()) if backend == "nccl" else None  # with it NCCL meets at once
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), device_id=device)
         with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
             deepspeed.init_distributed(backend)  # takes what is there
     except RuntimeError as error:  # of the store, or of gloo or NCCL
@@ -1248,7 +1252,8 @@ def value_problems(args: argparse.Namespace, config: dict, device: torch.device)
                         f"accumulation {args.gradient_accumulation_steps} x {ranks} ranks = {product}: leave it out")
     if args.precision == "fp16" and device.type == "cpu":
         problems.append("fp16 does not run on a CPU: use --precision bf16 or fp32")
-    if args.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    on_gpu = device.type == "cuda"
+    if args.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16 or fp32")
     if not problems:
         try:
@@ -1296,9 +1301,8 @@ def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
         raise UserError(f"--ds_config {args.ds_config}:\n  " + "\n  ".join(problems))
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
     on_host = offloads(config) and shutil.which("c++")  # DeepSpeedCPUAdam, compiled where it is first used
-    on_gpu = device.type == "cuda" and cpp_extension.CUDA_HOME
-    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not (on_host or on_gpu):
-        # PyTorch's Adam, the same formula: FusedAdam needs nvcc, and its CPU build resumes a last digit off.
+    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not on_host:
+        # PyTorch's fused Adam, the same formula: DeepSpeed's needs nvcc, and its CPU build resumes a last digit off.
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     args.zero_stage = config["zero_optimization"]["stage"]
     return config

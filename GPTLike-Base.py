@@ -493,7 +493,8 @@ class GPTLike(nn.Module):
     def initialize(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             scale = math.sqrt(2 * len(self.blocks)) if hasattr(module, "is_residual") else 1  # 2 branches per block
-            nn.init.normal_(module.weight, std=0.02 / scale)
+            drawn = torch.empty(module.weight.shape, device="cpu")  # under zero.Init, too: a GPU draws other numbers
+            module.weight.data.copy_(drawn.normal_(std=0.02 / scale))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
@@ -702,7 +703,8 @@ def load(run, folder: Path, saved: dict, args: argparse.Namespace, corpus: Corpu
 
 
 # region metrics (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "4090 D": 147, "4090": 165, "3090": 71, "L4": 121}  # 16 bit
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+               "4090 D": 147, "4090": 165, "3090": 71}  # fmt: skip  # 16 bit, dense
 CARRIED = ("step", "best", "seconds", "saving", "ledger")  # of a run, through its checkpoints
 FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
@@ -845,7 +847,8 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
     mine = args.batch_size * args.gradient_accumulation_steps
     index = step_indices(step, len(data), global_batch=mine * world_size(), seed=args.seed)
     for part in index[rank() * mine : (rank() + 1) * mine].split(args.batch_size):
-        yield tuple(tensor.to(device) for tensor in data[part])
+        parts = data[part] if device.type == "cpu" else [tensor.pin_memory() for tensor in data[part]]
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in parts)
 
 
 def catch_signals() -> list[tuple[int, float]]:
@@ -869,7 +872,8 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
     flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = args.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
+    known = [tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", card)]
+    peak = args.peak_tflops or next(iter(known), None)
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
     caught, stops = catch_signals(), torch.zeros((), device=device)
     clock, clocked, first, run.began = time.perf_counter(), run.step, run.step, time.monotonic()
@@ -886,8 +890,8 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
             run.update()
         run.step += 1
         bar.update()  # shows on a terminal only
-        stopping = stops.item() > 0  # of the step before, which is there by now: nothing waits for the device
-        stops = sum_over_ranks(torch.tensor(float(bool(caught)), device=device))
+        stopping = stops.item() > 0  # of the step before
+        stops = sum_over_ranks(torch.full((), float(bool(caught)), device=device))
         log_due, eval_due, save_due = (
             run.step == args.max_steps or interval and run.step % interval == 0
             for interval in (args.log_interval, args.eval_interval, args.save_interval)
@@ -1063,7 +1067,7 @@ class PlainRun:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         for master, saved in zip(self.masters, state["masters"], strict=True):

@@ -124,7 +124,7 @@ def test_a_missing_json_and_one_for_another_script(tmp_path):
 
 
 def test_bf16_on_a_gpu_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     module = load_script(ZERO["zero2"])
     path = ROOT / "configs" / "zero2.json"

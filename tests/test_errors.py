@@ -120,11 +120,11 @@ def test_fp16_on_a_cpu(stopped):
 
 
 def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = load_script(ZERO["zero2"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    module = load_script(ZERO["zero2"])
     with pytest.raises(module.UserError, match="2 ranks here but 1 GPUs: start one rank per GPU"):
         module.start_distributed(argparse.Namespace(local_rank=0, verbose=False))
 
