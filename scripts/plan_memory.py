@@ -16,7 +16,8 @@ host           all ranks of a host: at the start (stages 0 to 2 build the model 
                states and the whole weights that each rank gathers then
 largest        the most parameters that fit the smallest GPU and host, with --activation_checkpointing
 
-What the sums rest on is in tests/test_plan_memory.py: ledgers and peaks measured on CPU ranks. On GPUs: not measured.
+What the sums rest on is in tests/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. There stage
+3 held up to one and a half times the model's weights more, in what its gradients travel in. On GPUs: not measured.
 Left out, and covered by --reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. ZeRO gives all ranks equal
 shares, so of unlike GPUs the smallest decides. Communication counts bytes over a rank's slowest link: no latency, and
 not what an offload copies to host memory or disk. Without --host_gib host memory is printed, but not judged.
@@ -159,14 +160,12 @@ def activations(model: Model, plan: Plan, *, dropout: float, checkpointing: bool
 
 
 def logits(model: Model, plan: Plan) -> dict[str, float]:
-    """LinearCrossEntropy's working memory beside that. Forward: some rows' logits, their fp32 copy and log-softmax, the
-    rest of the rows before, the weight's gradient in fp32. Backward: that gradient, scaled, and a copy in 16 bits."""
+    """LinearCrossEntropy's working memory beside that. Forward: some rows' logits, their log-softmax in fp32, a copy on
+    the way there; the weight's gradient of these rows, and their sum in fp32. Backward: that sum, scaled, and a copy in
+    16 bits."""
     width, tokens = WIDTH[plan.precision], plan.micro_batch * model.block_size
-    rows = 256 * (1 + model.vocab_size // 2**14)  # as in region model
-    ahead, after = (10, 6) if width == 2 else (8, 4)  # bytes a logit: until the log-softmax; then until the next rows'
-    first = ahead + (after if tokens > rows else 0)
-    elements = min(tokens, rows) * model.vocab_size
-    forward = 4 * model.embedding + max(first * elements, after * elements + width * model.embedding)
+    rows = min(tokens, 256 * (1 + model.vocab_size // 2**14))  # as in region model
+    forward = (width + 4 + (4 if width == 2 else 0)) * rows * model.vocab_size + (width + 4) * model.embedding
     return {"forward": forward, "backward": (8 + width % 4) * model.embedding}
 
 
@@ -184,15 +183,18 @@ def resident(model: Model, plan: Plan, ranks: int) -> float:
         return width * (stays_gathered(model, plan) + plan.number("reduce_bucket_size"))
     if plan.stage == 0:
         return width * model.parameters if ranks > 1 else 0  # DDP's buckets
+    if plan.stage == 1:  # its bucket is there in the forward pass, too
+        return width * plan.number("reduce_bucket_size")
     return width * model.largest if plan.optimizer == "cpu" else 0
 
 
 def bucket(model: Model, plan: Plan) -> float:
-    """Of the backward pass alone: stages 1 and 2 fill one bucket, or two with overlap_comm; a gradient on its way."""
+    """Of the backward pass alone: stage 2 fills a bucket, stages 1 and 2 another with overlap_comm; and a gradient on
+    its way."""
     if plan.stage == 0:
         return 0
-    buckets = 0 if plan.stage == 3 else plan.number("reduce_bucket_size") * (2 if plan.zero.get("overlap_comm") else 1)
-    return WIDTH[plan.precision] * (buckets + model.largest)
+    buckets = {1: 0, 2: 1, 3: 0}[plan.stage] + (1 if plan.stage < 3 and plan.zero.get("overlap_comm") else 0)
+    return WIDTH[plan.precision] * (buckets * plan.number("reduce_bucket_size") + model.largest)
 
 
 def gradients(model: Model, plan: Plan, ranks: int) -> dict[str, float]:
@@ -208,8 +210,10 @@ def gradients(model: Model, plan: Plan, ranks: int) -> dict[str, float]:
         return dict(zip(parts, (own, *[own + way] * 4, step), strict=True))
     # In the step of stages 1 and 2: the rank's own gradients, the same flattened, and that in fp32.
     several = plan.accumulation > 1  # then gradients stay from one micro batch to the next
+    if plan.stage == 2 and several:  # DeepSpeed has sums, new ones and flat copies of both: so much was measured
+        return dict(zip(parts, (3 * own, *[4 * own + way] * 4, 4.5 * own + 4 * share), strict=True))
     if plan.stage == 2:
-        return dict(zip(parts, (own * several, *[own + way] * 4, 8 * share), strict=True))
+        return dict(zip(parts, (0, *[own + way] * 4, 8 * share), strict=True))
     embedding, block = width * model.embedding, 12 * width * model.d_model**2  # the former comes from both of its uses
     last = max(whole * several, embedding)
     end, step = (whole + own + way, 8 * share) if plan.stage == 1 else (whole + embedding, 4 * model.parameters)

