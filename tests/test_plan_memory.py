@@ -143,7 +143,7 @@ def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, 
     assert 0.95 * max(planned.values()) < peak_bytes(prof, "forward") < 1.1 * max(planned.values()) + cast
 
 
-LEDGERS = [(None, 1), *((config, ranks) for ranks in (1, 2, 4) for config in CONFIGS[:-1])]
+LEDGERS = [(None, 1), *((config, 2) for config in CONFIGS[:-1]), ("zero2", 1), ("zero2", 4), ("zero3", 4)]
 LEDGERS = [pytest.param(*case, marks=() if case[1] == 2 or case[0] is None else pytest.mark.drill) for case in LEDGERS]
 
 
