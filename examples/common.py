@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {"dataset": "wikitext2", "tokenizer": "auto", "n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256}
 DEFAULTS |= {"dropout": 0.1, "max_steps": 100, "seed": 42, "local_rank": 0}
-FIXED = {"warmup_steps": 20, "activation_checkpointing": False, "resume": "never", "overwrite": False, "output_dir": "."}
+FIXED = {"warmup_steps": 20, "activation_checkpointing": False}  # as the scripts' defaults
+FIXED |= {"resume": "auto", "overwrite": False, "output_dir": "runs"}  # for their check of the flags alone
 WANTED = set("train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 optimizer".split())
 ADAM = {"lr", "betas", "eps", "weight_decay"}
 RANK, RANKS, RANKS_HERE = (  # by torchrun; here: on this host

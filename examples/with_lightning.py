@@ -31,13 +31,13 @@ class Lesson(LightningModule):
         super().__init__()
         self.model = model
 
+    def on_train_start(self) -> None:
+        self.lr_schedulers().step()  # DeepSpeed's stands before the first step, at a learning rate of 0
+
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         loss = self.model(*batch)
-        self.print(f"step={self.trainer.global_step + 1} loss={self.trainer.strategy.reduce(loss.detach().clone()):.4f}")
+        self.print(f"step={self.global_step + 1} loss={self.trainer.strategy.reduce(loss.detach().clone()):.4f}")
         return loss
-
-    def on_train_start(self) -> None:
-        self.lr_schedulers().step()  # DeepSpeed's begins one step early, with a learning rate of 0
 
     def configure_optimizers(self) -> None:
         """Has to be there; not called, since the JSON has the optimizer."""
@@ -45,16 +45,15 @@ class Lesson(LightningModule):
 
 def main(args: argparse.Namespace, config: dict) -> None:
     model, data = prepare(args, config)
-    accumulation = config.pop("gradient_accumulation_steps")
-    trainer = {"max_steps": args.max_steps, "devices": RANKS_HERE, "accumulate_grad_batches": accumulation}
+    trainer = {"devices": RANKS_HERE, "accumulate_grad_batches": config.pop("gradient_accumulation_steps")}
     trainer |= dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    rates = {"warmup_type": "linear", "warmup_num_steps": args.warmup_steps - 1, "warmup_min_ratio": 1 / args.warmup_steps}
-    rates |= {"total_num_steps": args.max_steps, "cos_min_ratio": 0.1}  # a tenth, as the scripts
+    rates = {"total_num_steps": args.max_steps, "warmup_num_steps": args.warmup_steps - 1, "warmup_type": "linear"}
+    rates |= {"warmup_min_ratio": 1 / args.warmup_steps, "cos_min_ratio": 0.1}  # the scripts' warm-up and decay
     config["scheduler"] = {"type": "WarmupCosineLR", "params": rates}
     strategy = (DeepSpeedStrategy if torch.cuda.is_available() else CPUStrategy)(config=config)
     order = DistributedSampler(data, RANKS, RANK, shuffle=False)  # Lightning's own would shuffle
-    loader = DataLoader(data, batch_size=config["train_micro_batch_size_per_gpu"], sampler=order)
-    Trainer(strategy=strategy, **trainer).fit(Lesson(model), loader)
+    loader = DataLoader(data, config["train_micro_batch_size_per_gpu"], sampler=order)
+    Trainer(strategy=strategy, max_steps=args.max_steps, **trainer).fit(Lesson(model), loader)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,45 @@ def test_csv_holds_what_tensorboard_holds(watched):
 
 
 @pytest.mark.slow
-def test_the_profilers_print(watched):
-    parameters = watched.json("summary")["parameters"]
-    assert f"Profile Summary at step {PROFILED}:" in watched.output
-    assert re.search(rf"^params per GPU: +{parameters / 1000:.2f} K", watched.output, re.MULTILINE), watched.output
+def test_wall_clock_breakdown_prints_each_step(watched):
     assert len(re.findall(r"\| fwd: [\d.]+ \| bwd: [\d.]+ \|", watched.output)) == STEPS
-    assert "comm op: all_reduce | time (ms): " in watched.output
+    assert len(re.findall(r"\| fwd_microstep: [\d.]+ \| bwd_microstep: [\d.]+ \|", watched.output)) == STEPS
+
+
+@pytest.mark.slow
+def test_the_flops_profiler_counts_the_head_three_times(watched):
+    """Its MACs are all matrix products of a forward pass, and the head's two of the backward pass, made with it."""
+    layers, width, length = (TINY[name] for name in ("n_layer", "d_model", "block_size"))
+    vocabulary = int(TINY["tokenizer"].removeprefix("bpe:"))
+    macs = BATCH * length * (3 * vocabulary * width + layers * (12 * width**2 + 2 * length * width))
+    assert f"Profile Summary at step {PROFILED + 1}:" in watched.output
+    assert re.search(rf"^fwd MACs per GPU: +{macs / 1e6:.2f} MMACs *$", watched.output, re.MULTILINE), watched.output
+    parameters = watched.json("summary")["parameters"]
+    assert re.search(rf"^params per GPU: +{parameters / 1e3:.2f} K *$", watched.output, re.MULTILINE)
+    assert re.search(r"fwd latency - \{'GPTLike': '[\d.]+ Gs'\}", watched.output)  # since 1970: no time of a step
+
+
+COMM = re.compile(r"comm op: (\w+) \| time \(ms\): ([\d.]+) \| msg size: ([\d.]+) *(\w+)")
+
+
+@pytest.mark.slow
+def test_comms_logger_tells_what_a_step_sends(watched):
+    """All gradients in one all_reduce, and this rank's half of the weights in two all_gathers, one a group."""
+    parameters = watched.json("summary")["parameters"]
+    sent = [(operation, float(size) * {"B": 1, "KB": 1024}.get(unit, 0))
+            for operation, _, size, unit in COMM.findall(watched.output)]  # fmt: skip
+    gradients = [size for operation, size in sent if operation == "all_reduce" and size > 100]
+    weights = [size for operation, size in sent if operation == "all_gather_into_tensor"]
+    assert (len(gradients), len(weights)) == (STEPS, 2 * STEPS)
+    assert gradients == pytest.approx([2 * parameters] * STEPS, rel=0.001)
+    assert sum(weights) == pytest.approx(STEPS * 2 * parameters / RANKS, rel=0.001)
+
+
+@pytest.mark.slow
+def test_comms_logger_adds_its_times_up(watched):
+    """So that docs/monitoring.md warns of them. The day this fails, DeepSpeed has mended it."""
+    times = {}
+    for operation, time, *_ in COMM.findall(watched.output):
+        times.setdefault(operation, []).append(float(time))
+    assert all(series == sorted(series) and len(series) >= 2 * STEPS for series in
+               (times["all_reduce"], times["all_gather_into_tensor"]))  # fmt: skip
