@@ -237,6 +237,7 @@ def measure(variant: str, folder: Path) -> None:
             run = getattr(module, "OffloadRun", module.EngineRun)(engine, args)
             step = partial(optimizer_step, run, [(tokens, tokens)] * accumulation)
             for number in range(3):
+                gc.collect()  # DeepSpeed leaves circles of references, with tensors in them
                 with record_function(f"step {number}"):
                     step()
         peaks[config], sent[config] = peak_bytes(prof, "step 2"), measure_sent(step, 2)
