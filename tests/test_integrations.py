@@ -13,7 +13,7 @@ from conftest import BIN, ROOT, TINY, free_port, run
 EXAMPLES = {name: ROOT / "examples" / f"with_{name}.py" for name in ("trainer", "accelerate", "lightning")}
 DOCS = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
 STEPS = 10
-TOLERANCE = 0.01  # bf16; and Trainer and Lightning let biases and norms decay, too
+TOLERANCE = 0.005  # bf16; and Trainer and Lightning let biases and norms decay, too
 OTHERS = ("zero3_offload",)
 CASES = [("zero2", name) for name in EXAMPLES]
 CASES += [pytest.param(config, name, marks=pytest.mark.drill) for config in OTHERS for name in EXAMPLES]
