@@ -1050,7 +1050,7 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
     refuse_dropped_devices()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
-    deepspeed.utils.logger.setLevel("INFO" if args.verbose else "WARNING")
+    deepspeed.utils.set_log_level_from_string("info" if args.verbose else "warning")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
     if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
         log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")

@@ -302,8 +302,9 @@ def run_all(folder: Path, *words: str, gpus: int = 0, timeout: int = 60, **env: 
 
 @pytest.mark.parametrize(
     ("env", "gpus", "launch", "ranks"),
-    [({}, 0, "deepspeed --num_gpus 2", 2), ({}, 4, "deepspeed", 4), ({"NUM_GPUS": "3"}, 0, "deepspeed --num_gpus 3", 3),
-     ({"CUDA_VISIBLE_DEVICES": "1,3"}, 4, "deepspeed --include localhost:1\\,3", 2)],
+    [({}, 0, "deepspeed --quiet --num_gpus 2", 2), ({}, 4, "deepspeed --quiet", 4),
+     ({"NUM_GPUS": "3"}, 0, "deepspeed --quiet --num_gpus 3", 3),
+     ({"CUDA_VISIBLE_DEVICES": "1,3"}, 4, "deepspeed --quiet --include localhost:1\\,3", 2)],
     ids=str,
 )  # fmt: skip
 def test_all_stages_train_on_the_same_steps(tmp_path, env, gpus, launch, ranks):

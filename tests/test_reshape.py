@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, step: int, *, stage: int = 2, ranks: int = 2,
     facts = {"ZeRO stage": stage, "world size": ranks, "data and tokenizer": "c3dda16b8e71"}
     facts |= SHAPE | {"batch_size": 4, "gradient_accumulation_steps": 1} | settings
     manifest = {"step": step, "best": None, "seconds": 1.0, "saving": 0.1, "validation_loss": None, "settings": facts}
-    manifest["ledger"] = {}
+    manifest |= {"ledger": {}, "hosts": ["a", "a"]}
     manifest["files"] = {path.name: 8 for path in checkpoint.iterdir()}
     (checkpoint / "run.json").write_text(json.dumps(manifest))
     zero = {"stage": stage}
