@@ -121,6 +121,7 @@ def test_commands():
 
 
 def test_environments(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # set by a script that another test has imported
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
