@@ -16,8 +16,8 @@ host           all ranks of a host: at the start (stages 0 to 2 build the model 
                states and the whole weights that each rank gathers then
 largest        the most parameters that fit the smallest GPU and host, with --activation_checkpointing
 
-What the sums rest on is in tests/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. There stage
-3 held up to 2.2 times the model's weights more than planned, another amount in each run. On GPUs: not measured.
+What the sums rest on is in tests/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. On GPUs:
+not measured.
 Left out, and covered by --reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. ZeRO gives all ranks equal
 shares, so of unlike GPUs the smallest decides. Communication counts bytes over a rank's slowest link: no latency, and
 not what an offload copies to host memory or disk. Without --host_gib host memory is printed, but not judged.

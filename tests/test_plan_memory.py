@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,16 +104,16 @@ def test_deepspeeds_estimate_is_deepspeeds(config):
 
 
 # Beside measurements
-def peak_bytes(prof: profile, start: str, end: str | None = None) -> int:
-    """The most bytes that were allocated at once between two marks, of all since the profiler began."""
+def peak_bytes(prof: profile, start: str, end: str | None = None, *, before: int | None = None) -> int:
+    """The most bytes that were allocated at once between two marks, of all since the profiler began; or where the bytes
+    before the first mark are known, on top of those. (The profiler does not see what gloo's threads free, so that on
+    several ranks its own sum grows from step to step.)"""
     events = prof.profiler.kineto_results.events()
     began = min(event.start_ns() for event in events if event.name() == start)
     ended = min((event.start_ns() for event in events if event.name() == end), default=math.inf)
-    held = top = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        top = max(top, held) if began <= event.start_ns() < ended else top
-    return top
+    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = sum(size for when, size in memory if when < began) if before is None else before
+    return max(accumulate((size for when, size in memory if began <= when < ended), initial=held))
 
 
 @pytest.mark.parametrize(("precision", "dropout"), [("bf16", 0.0), ("bf16", 0.1), ("fp32", 0.0)])
@@ -232,15 +233,17 @@ def measure(variant: str, folder: Path) -> None:
         args.batch_size, args.gradient_accumulation_steps, args.max_steps = micro_batch, accumulation, 9
         args.activation_checkpointing, args.ds_config = checkpointing, folder / f"{config}.json"
         tokens = torch.zeros((micro_batch, SHAPE[3]), dtype=torch.long)
-        gc.collect()
+        left = sum(module.bytes_held([], [], []).values())  # DeepSpeed does not let go of all of an engine
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             engine = module.build_engine(args, SHAPE[4], module.load_ds_config(args, device))
             run = getattr(module, "OffloadRun", module.EngineRun)(engine, args)
             step = partial(optimizer_step, run, [(tokens, tokens)] * accumulation)
-            for number in range(3):
-                with record_function(f"step {number}"):
-                    step()
-        peaks[config], sent[config] = peak_bytes(prof, "step 2"), measure_sent(step, 2)
+            step()
+            step()
+            before = sum(run.held().values()) - left
+            with record_function("third step"):
+                step()
+        peaks[config], sent[config] = peak_bytes(prof, "third step", before=before), measure_sent(step, 2)
         engine.destroy()
         del engine, run, step, prof
     found = {"peaks": peaks, "sent": sent}
@@ -271,9 +274,6 @@ def test_peaks_and_bytes_sent_are_the_measured_ones(tmp_path, variant):
         peaks[config] = planner().peak(model, plan, 2, dropout=0.0, checkpointing=checkpointing)
         peaks[config] += planner().offloaded(model, plan, 2)
         sent[config] = planner().sent(model, plan, 2)[1]
-    for config in ("zero3", "zero3_offload"):  # hold more, and not the same in two runs: 2.2 of these at most
-        weights = planner().WIDTH[precision] * model.parameters
-        assert 0.9 * peaks[config] < measured["peaks"].pop(config) < peaks.pop(config) + 3 * weights
     assert measured["peaks"] == pytest.approx(peaks, rel=0.15)
     assert measured["sent"] == pytest.approx(sent, rel=0.001)
 
