@@ -13,8 +13,8 @@ Source: GPT-2 (Radford et al., 2019); fp32 master weights, arXiv:1710.03740; mod
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
-import functools
 import gc
 import hashlib
 import http.client
@@ -24,7 +24,6 @@ import os
 import pickle
 import re
 import resource
-import secrets
 import shutil
 import signal
 import socket
@@ -106,9 +105,8 @@ def end_alone(message: str) -> NoReturn:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of all six scripts. Those that the JSON knows too have no default here: left out, the JSON's holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    looks = {"description": __doc__.splitlines()[0], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(**looks, allow_abbrev=False)
     versions = f"%(prog)s {VERSION}, torch {torch.__version__}, Python {sys.version.split()[0]}"
     parser.add_argument("--version", action="version", version=versions)
     unset, add = argparse.SUPPRESS, parser.add_argument_group("model").add_argument
@@ -337,9 +335,10 @@ def read_tokens(path: Path) -> Corpus | None:
 
 def prepare_tokens(args: argparse.Namespace) -> Path:
     """The cache file with the tokens of --dataset, named by content; written by rename, so nobody reads half a file."""
-    read = functools.partial(read_texts, args.dataset)
-    texts = from_hub(f"data set {HUB_DATASET}", read) if args.dataset == "wikitext2" else read()
-    auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
+    if args.dataset == "wikitext2":
+        auto, texts = "gpt2", from_hub(f"data set {HUB_DATASET}", lambda: read_texts(args.dataset))
+    else:
+        auto, texts = "bpe:8192", read_texts(args.dataset)
     source = read_tokenizer(auto if args.tokenizer == "auto" else args.tokenizer)
     digest = hashlib.sha256(json.dumps([source, texts]).encode()).hexdigest()
     path = Path(os.environ.get("GPTLIKE_CACHE", Path.home() / ".cache" / "deepspeed-gptlike"), f"{digest}.safetensors")
@@ -483,9 +482,8 @@ class GPTLike(nn.Module):
         self.token_embedding = nn.Embedding(-(-vocab_size // 64) * 64, args.d_model)  # rows padded: faster matmuls
         self.position_embedding = nn.Embedding(args.block_size, args.d_model)
         self.dropout = Dropout(args.dropout)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)
-        )
+        blocks = (TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer))
+        self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(args.d_model)
         self.head = LanguageModelHead(self.token_embedding.weight)
         self.apply(self.initialize)  # apply() works under zero.Init too; a loop over parameters() would see empty ones
@@ -527,7 +525,7 @@ KEPT = "The checkpoints before it are as they were: free some space, and the sam
 def open_output(args: argparse.Namespace, ds_config: dict) -> None:
     """Make --output_dir on each disk. A run found there is continued, or with --overwrite deleted, never mixed with
     another. Finds out whether all hosts share the disk of rank 0."""
-    args.run_id = together(lambda: secrets.token_hex(8))[0]
+    args.run_id = together(lambda: os.urandom(8).hex())[0]
     args.hosts = together(socket.gethostname)  # by rank
     together(lambda: take_output(args) if rank() == 0 else None)
     args.shared_disk = all(together(lambda: local_rank() != 0 or sees_output(args)))
@@ -735,22 +733,19 @@ def evaluate(
     }
 
 
-def bytes_held(
-    parameters: list, optimizer_states: list, gradients: list, activations: list | None = None
-) -> dict[str, int]:
+def bytes_held(parameters: list, states: list, gradients: list, activations: list | None = None) -> dict[str, int]:
     """Bytes of the floating-point tensors that live in this process, by kind and place. All that is none of the others
     counts as gradients: between two passes only they and the buckets they travel in are left."""
     held, counted, _ = {}, set(), gc.collect()
     rest = gradients + [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
-    kinds = {"parameters": parameters, "optimizer_states": optimizer_states}
+    kinds = {"parameters": parameters, "optimizer_states": states}
     if activations is not None:  # what autograd saved, masks too, and what leads there
         saved = activations + [tensor for tensor in rest if tensor is not None and tensor.grad_fn]
         kinds["activations"] = [tensor for tensor in saved if type(tensor) is not nn.Parameter]
     for kind, tensors in (kinds | {"gradients_and_buckets": rest}).items():
         for tensor in tensors:
-            if tensor is None or tensor.device.type == "meta":
-                continue
-            if not tensor.is_floating_point() and kind != "activations":
+            counts = tensor is not None and (tensor.is_floating_point() or kind == "activations")
+            if not counts or tensor.device.type == "meta":
                 continue
             memory, place = tensor.untyped_storage(), f"{kind} on {tensor.device.type}"
             if memory.data_ptr() not in counted:
@@ -851,6 +846,15 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
         yield tuple(tensor.to(device, non_blocking=True) for tensor in parts)
 
 
+def keep_freed_memory() -> None:
+    """On a CPU: have glibc keep large freed blocks for the next tensors. By itself it gives them back to the system and
+    gets them again page by page: at GPT-2's vocabulary a quarter of a step."""
+    with contextlib.suppress(AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks
+
+
 def catch_signals() -> list[tuple[int, float]]:
     """A list that grows by number and time of each SIGTERM and SIGINT. One that comes a second after the first ends the
     process at once; before that it is the first again, since launchers repeat theirs."""
@@ -872,8 +876,8 @@ def train(run, corpus: Corpus, args: argparse.Namespace, device: torch.device) -
     step_tokens = args.batch_size * args.gradient_accumulation_steps * world_size() * args.block_size
     flops = 6 * run.num_params + 12 * args.n_layer * args.block_size * args.d_model  # per token, forward and backward
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", card)]
-    peak = args.peak_tflops or next(iter(known), None)
+    known = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", card))
+    peak = args.peak_tflops or next(known, None)
     bar = tqdm(total=args.max_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
     caught, stops = catch_signals(), torch.zeros((), device=device)
     clock, clocked, first, run.began = time.perf_counter(), run.step, run.step, time.monotonic()
@@ -1011,9 +1015,8 @@ class PlainRun:
             self.masters = [weight.detach().float().requires_grad_() for weight in self.weights]
             copies = iter(self.masters)
             groups = [group | {"params": [next(copies) for _ in group["params"]]} for group in groups]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=args.lr, betas=BETAS, eps=EPS, weight_decay=args.weight_decay, fused=True
-        )
+        options = {"lr": args.lr, "betas": BETAS, "eps": EPS, "weight_decay": args.weight_decay}
+        self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, args))
         self.scaler = torch.amp.GradScaler(enabled=args.precision == "fp16")
 
@@ -1086,6 +1089,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 does not run on a CPU: use --precision bf16 or fp32")
+    if device.type == "cpu":
+        keep_freed_memory()
     corpus = load_corpus(args)
     set_max_steps(args, corpus)
     open_output(args, {})

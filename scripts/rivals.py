@@ -178,6 +178,7 @@ class DataParallelRun(Unsaved, base.PlainRun):
     """Base's own step; DistributedDataParallel averages the gradients while the backward pass goes on."""
 
     def __init__(self, args: argparse.Namespace, corpus):
+        base.keep_freed_memory()
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
         model = base.GPTLike(args, corpus.vocab_size).to(dtype)
         super().__init__(nn.parallel.DistributedDataParallel(model), args)
@@ -219,7 +220,8 @@ def trainer_arguments(args: argparse.Namespace) -> dict:
         config = json.loads(Path(args.ds_config).read_text(encoding="utf-8"))
         params = config["optimizer"]["params"]
         params |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
-        config |= {"train_micro_batch_size_per_gpu": args.batch_size, "bf16": {"enabled": args.precision == "bf16"}}
+        config["train_micro_batch_size_per_gpu"] = args.batch_size
+        config["bf16"]["enabled"] = args.precision == "bf16"
         return {
             "deepspeed": config, "learning_rate": params["lr"], "weight_decay": params["weight_decay"],
             "adam_beta1": params["betas"][0], "adam_beta2": params["betas"][1], "adam_epsilon": params["eps"],
