@@ -173,7 +173,8 @@ def stays_gathered(model: Model, plan: Plan) -> float:
     """Elements of weights that stage 3 keeps whole between forward and backward pass: those whose next use is at most
     stage3_max_reuse_distance elements away, there and back; and what is fetched ahead."""
     near = plan.number("stage3_max_reuse_distance") / 2 + plan.number("stage3_prefetch_bucket_size")
-    return min(model.parameters, near + model.largest)
+    block = 12 * model.d_model**2 if plan.zero.get("leaf_module") else 0  # gathered as one
+    return min(model.parameters, near + max(model.largest, block))
 
 
 def resident(model: Model, plan: Plan, ranks: int) -> float:

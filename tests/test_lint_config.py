@@ -331,7 +331,10 @@ WARNINGS: dict[str, tuple[dict, dict, int, dict[str, str]]] = {  # JSON, options
         changed(zero_optimization={"stage": 2}),
         FP32,
         1,
-        {"zero_optimization.reduce_bucket_size": "500,000,000 elements, 1.86 GiB, DeepSpeed's default"},
+        {
+            "zero_optimization.reduce_bucket_size": "500,000,000 elements, 1.86 GiB, DeepSpeed's default",
+            "bf16.check_grad_overflow": "does nothing here",
+        },
     ),
     "a bucket that is not allocated": (zero(reduce_bucket_size=5e8, contiguous_gradients=False), {}, 1, {}),
     "NVMe buffers too small": (
