@@ -1,6 +1,6 @@
 """What goes wrong around a run: a full disk, a read-only one, a damaged cache, two runs at once, a clock set back, a
 rank that stalls, numbers that explode. Each ends in a message or does no harm; what was saved before stays good. Kills
-are in test_drill.py; a token cache that is damaged between two runs is in test_data.py."""
+are in drills/test_fault_drill.py; a token cache that is damaged between two runs is in test_data.py."""
 
 import json
 import os
