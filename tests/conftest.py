@@ -30,8 +30,8 @@ TINY = {"dataset": "sample", "tokenizer": "bpe:1024", "n_layer": 2, "n_head": 4,
 
 @lru_cache
 def load_script(name: str) -> ModuleType:
-    """A script of the root or of scripts/ as a module; importing it has no side effect. One that a test file has imported
-    by name stays the same module, since what is pickled for another process names it."""
+    """A script of the root or of scripts/ as a module; importing it has no side effect. What a test file has imported
+    by name is not loaded again, since what is pickled for another process names it."""
     path = next(path for path in (ROOT / name, ROOT / "scripts" / name) if path.is_file())
     spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
     if getattr(sys.modules.get(spec.name), "__file__", None) == str(path):
