@@ -53,3 +53,10 @@ def test_activation_checkpointing_changes_no_loss(train):
         ranks = {"ranks": 2, "batch_size": 4} if config else {"batch_size": 8}
         with_it = train(config, activation_checkpointing=True, **ranks, **EXACT)
         assert largest_difference(with_it, train(config, **ranks, **EXACT)) < 1e-5
+
+
+@pytest.mark.drill
+def test_compiling_changes_no_loss(train):
+    """On two ranks; kernels that torch.compile fuses round in other places."""
+    compiled = train("zero2", compile=True, ranks=2, batch_size=4, **EXACT)
+    assert largest_difference(compiled, train("zero2", ranks=2, batch_size=4, **EXACT)) < 1e-5
