@@ -345,7 +345,7 @@ def test_the_commands_of_the_docs_are_taken():
         args = parsers[name].parse_args(words[place + 1 :])
         if name == "benchmark":
             benchmark.check_args(parsers[name], args)
-    assert sorted(set(seen)) == ["benchmark", "profile_step", "quality"] and len(seen) == 9
+    assert sorted(set(seen)) == ["benchmark", "profile_step", "quality"] and len(seen) == 11
 
 
 # Bad input: exit code, words of the message, no traceback
