@@ -52,7 +52,7 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, to
 
 
 def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
-    """Read the flags and the JSON, and run main(args, config)."""
+    """Read the flags and the JSON, run main(args, config), leave the process group: its threads may else abort."""
     parser = argparse.ArgumentParser(
         description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -67,3 +67,5 @@ def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
         main(args, read_config(args.ds_config))
     except base.UserError as error:
         sys.exit(f"{parser.prog}: error: {error}" if RANK == 0 else 1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
