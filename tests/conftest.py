@@ -45,7 +45,10 @@ def load_script(name: str) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A script that runs inside pytest leaves its handlers; pytest would then not end on SIGTERM."""
+    """A script that runs inside pytest leaves its handlers; pytest would then not end on SIGTERM. And a shell starts
+    what runs in the background with SIGINT ignored, which the processes that tests start would inherit."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():

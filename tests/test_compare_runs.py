@@ -339,8 +339,8 @@ def test_run_all_stages_refuses(tmp_path, words, env, message):
 
 @pytest.mark.drill
 @pytest.mark.timeout(900)
-def test_all_stages_train_once_and_agree(tmp_path):
-    """The real thing, in a copy of the repository: six runs with the same losses; a second call trains none again."""
+def test_all_stages_train_and_agree(tmp_path):
+    """The real thing, in a copy of the repository: six runs with the same losses."""
     for name in ("scripts", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for script in SCRIPTS:
@@ -355,8 +355,3 @@ def test_all_stages_train_once_and_agree(tmp_path):
     assert {row[5] for row in rows} == {"10"} and {row[6] for row in rows} == {f"{10 * 8 * 32:,}"}
     losses = [float(row[8]) for row in rows]
     assert max(losses) - min(losses) < 2e-4
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    assert len(written) == 6
-    again = run_all(tmp_path, *flags, timeout=400, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout.count("this run is finished: 10 steps") == 6
-    assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
