@@ -106,6 +106,34 @@ def test_a_batch_of_ignored_targets_has_loss_zero(model):
     assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("p", "shape"), [(0.1, (64, 1001)), (0.5, (3, 7, 999)), (0.9, (65536,))])
+def test_dropout_keeps_its_share_scaled_and_its_gradient(p, shape):
+    torch.manual_seed(0)
+    dropout, x = load_script(BASE).Dropout(p), torch.ones(shape, requires_grad=True)
+    (y := dropout(x)).sum().backward()
+    kept = y != 0
+    share = kept.float().mean().item()
+    assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / x.numel())
+    assert torch.equal(y, kept / (1 - p)) and torch.equal(x.grad, y)
+    by_place = kept.flatten()[: x.numel() // 4 * 4].view(-1, 4).float()  # the four that share one draw of 64 bits
+    assert (by_place.mean(dim=0) - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / len(by_place))
+    assert (torch.corrcoef(by_place.T) - torch.eye(4)).abs().max() < 5 / math.sqrt(len(by_place))
+    assert not torch.equal(dropout(x), y) and torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.slow
+def test_it_compiles_as_one_graph_with_the_same_dropout():
+    shape = argparse.Namespace(**vars(SHAPE) | {"dropout": 0.2})
+    model, tokens = load_script(BASE).GPTLike(shape, 1000), torch.randint(0, 1000, (2, 33))
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True)):  # fullgraph: a break is an error
+        torch.manual_seed(1)
+        loss = forward(tokens[:, :-1], tokens[:, 1:])
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-6)
+
+
 def test_importing_a_script_has_no_side_effect():
     import subprocess
     import sys
