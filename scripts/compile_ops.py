@@ -7,6 +7,7 @@ Run: python scripts/compile_ops.py     exit 0: ready, or nothing to compile them
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 ON_CPU = {"ShareMemCommBuilder": "collectives", "CPUAdamBuilder": "AdamW of ZeRO-Offload"}
@@ -41,6 +41,9 @@ def main() -> None:
         print("no nvcc: DeepSpeed's own Adam is skipped, training takes PyTorch's, which is slower. To have it, "
               f"install the CUDA toolkit {torch.version.cuda}")
         return
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # or DeepSpeed warns that it found no GPU
+    from deepspeed.accelerator import get_accelerator
+
     print("DeepSpeed's C++ ops, compiled once per machine in 1-2 minutes:", flush=True)
     for builder_name, use in (ON_GPU if on_gpu else ON_CPU).items():
         op, start = builder_name.removesuffix("Builder"), time.perf_counter()
