@@ -31,6 +31,10 @@ class Failed(Exception):
     """What a drill did not find."""
 
 
+class Skipped(Exception):
+    """What a drill would need and has not."""
+
+
 class Host:
     """One of the two: a holder process with the network and the name, and a folder that the other does not see."""
 
@@ -207,7 +211,7 @@ class Rehearsal:
         """node1 cannot reach the port of node0."""
         rule = ["rule", "{}", "ipproto", "tcp", "dport", "29500", "unreachable"]
         if not self.hosts[1].do("ip", *[word.format("add") for word in rule]):
-            return "skipped: this kernel has no routing rules by port"
+            raise Skipped("this kernel has no routing rules by port")
         try:
             self.clear()
             codes = self.wait(self.start(), 90)
@@ -279,7 +283,7 @@ class Rehearsal:
             if all(host.do("tc", "qdisc", "add", "dev", "eno1", "root", *kind.split()) for host in self.hosts):
                 break
         else:
-            return "skipped: this kernel has neither netem nor tbf"
+            raise Skipped("this kernel has neither netem nor tbf")
         try:
             self.clear()
             codes = self.both(180)
@@ -312,11 +316,11 @@ class Rehearsal:
     def hostfile(self) -> str:
         """One command on node0: the deepspeed launcher starts the ranks of both hosts over ssh."""
         if Path("/proc/self/uid_map").read_text().split()[:2] != ["0", "0"]:
-            return "skipped: sshd needs root itself"
+            raise Skipped("sshd needs root itself")
         if missing := [tool for tool in ("/usr/sbin/sshd", "ssh-keygen", "pdsh") if not shutil.which(tool)]:
-            return f"skipped: no {' '.join(missing)} (on Debian and Ubuntu, apt-get install openssh-server pdsh)"
+            raise Skipped(f"no {' '.join(missing)} (on Debian and Ubuntu, apt-get install openssh-server pdsh)")
         if shutil.which("nvidia-smi"):
-            return "skipped: both hosts would take the one machine's GPUs"
+            raise Skipped("both hosts would take the one machine's GPUs")
         self.reference()
         self.clear()
         servers = self.start_sshd()
@@ -376,6 +380,8 @@ def main() -> None:
         start = time.monotonic()
         try:
             result = f"PASS {name}: {drill()}"
+        except Skipped as error:
+            result = f"SKIP {name}: {error}"
         except Failed as error:
             failed.append(name)
             result = f"FAIL {name}: {error}"
