@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import BASE, ROOT, run
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as for `python scripts/benchmark.py`
 import benchmark
@@ -334,18 +334,18 @@ def test_the_commands_of_the_docs_are_taken():
     }
     seen = []
     for words in documented():
-        place = next((n for n, word in enumerate(words) if word.startswith("scripts/")), None)
+        place = next((n for n, word in enumerate(words) if word.startswith("scripts/") or word == BASE), None)
         if place is None:
             assert words[:3] == ["python", "-X", "importtime"]
             continue
-        seen.append(name := Path(words[place]).stem)
+        seen.append(name := "base" if words[place] == BASE else Path(words[place]).stem)
         if name == "profile_step":
             assert (ROOT / words[place + 1]).is_file()
             name, place = "base", place + 1
         args = parsers[name].parse_args(words[place + 1 :])
         if name == "benchmark":
             benchmark.check_args(parsers[name], args)
-    assert sorted(set(seen)) == ["benchmark", "profile_step", "quality"] and len(seen) == 11
+    assert sorted(set(seen)) == ["base", "benchmark", "profile_step", "quality"] and len(seen) == 12
 
 
 # Bad input: exit code, words of the message, no traceback
