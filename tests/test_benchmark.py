@@ -219,7 +219,7 @@ def test_a_round_writes_all_files(tmp_path: Path):
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_quality_is_measured_alike_and_a_finished_run_is_not_run_again(tmp_path: Path):
     words = [sys.executable, "scripts/quality.py", *TINY, "--dataset", "sample", "--tokenizer", "bpe:512"]
     words += ["--tokens", "2000", "--evaluations", "2", "--output", str(tmp_path / "out")]

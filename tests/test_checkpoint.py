@@ -113,7 +113,7 @@ def test_stopped_at_any_step(base, tmp_path, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.drill)])
 @pytest.mark.parametrize(
     ("config", "damage", "reason"),
     [
@@ -222,7 +222,7 @@ def last_step(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_launchers_that_are_stopped_save_and_continue(train, tmp_path):
     """Four signals, each after a fifth of the run, to the launcher alone or, as Ctrl-C, to all: every time the step is
     saved, and in the end the weights are those of the run that nobody stopped."""

@@ -188,14 +188,14 @@ print("STEPS", result.global_step, "LOSS", round(result.training_loss, 3))
 """
 
 
-# DeepSpeed's NVMe op takes minutes to compile where libaio is there.
-NVME_MARKS = [pytest.mark.drill, pytest.mark.timeout(900)]
+OFTEN = ("zero2", "zero3")  # the others only in scripts/test.sh --all
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # DeepSpeed's NVMe op takes minutes to compile where libaio is there
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=NVME_MARKS if path.stem == "zero_infinity" else [], id=path.stem) for path in CONFIGS],
+    [pytest.param(path, marks=[] if path.stem in OFTEN else pytest.mark.drill, id=path.stem) for path in CONFIGS],
 )
 def test_transformers_trainer_takes_the_file_as_it_is(tmp_path, path):
     if path.stem == "zero_infinity":

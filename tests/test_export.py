@@ -143,7 +143,8 @@ def copy(train, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "precision"), [(None, "fp32"), *((config, "fp32") for config in ZERO),
-                                                   ("zero1", "bf16"), ("zero3", "bf16")])  # fmt: skip
+                                                   *(pytest.param(config, "bf16", marks=pytest.mark.drill)
+                                                     for config in ("zero1", "zero3"))])  # fmt: skip
 def test_any_stage_and_any_checkpoint(tool, train, tmp_path, capsys, config, precision):
     """The last checkpoint's weights are model/'s to the last bit, and both have the run's validation loss."""
     run, weights = shared_run(train, config, precision), []

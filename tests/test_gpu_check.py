@@ -306,6 +306,7 @@ def test_a_run_that_fails_is_not_repeated(launcher, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_rehearsal(tmp_path):
     """Every part but nvme, which may have to compile for minutes. The same launches and readings as on GPUs."""
     words = ["--dry_run", "--parts", "scripts", "parity", "ledger", "offload", "speed"]

@@ -15,7 +15,7 @@ DOCS = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
 STEPS = 10
 TOLERANCE = 0.005  # bf16; and Trainer and Lightning let biases and norms decay, too
 OTHERS = ("zero3_offload",)
-CASES = [("zero2", name) for name in EXAMPLES]
+CASES = [("zero2", "trainer"), *(pytest.param("zero2", name, marks=pytest.mark.drill) for name in [*EXAMPLES][1:])]
 CASES += [pytest.param(config, name, marks=pytest.mark.drill) for config in OTHERS for name in EXAMPLES]
 
 

@@ -63,8 +63,17 @@ def token_files():
             yield path
 
 
-@pytest.mark.parametrize("launcher", ["python", "deepspeed", pytest.param("torchrun", marks=pytest.mark.drill)])
-@pytest.mark.parametrize("script", SCRIPTS)
+OFTEN = [*((script, "python") for script in SCRIPTS), (ZERO["zero2"], "deepspeed"), (ZERO["zero3"], "torchrun")]
+
+
+@pytest.mark.parametrize(
+    ("script", "launcher"),
+    [
+        pytest.param(script, launcher, marks=[] if (script, launcher) in OFTEN else pytest.mark.drill)
+        for script in SCRIPTS
+        for launcher in ("python", "deepspeed", "torchrun")
+    ],
+)
 def test_every_launcher(tmp_path, script, launcher):
     """Base: one process under each launcher; the others: two ranks, or plain python alone."""
     ranks = 1 if script == BASE or launcher == "python" else 2

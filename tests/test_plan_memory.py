@@ -254,7 +254,9 @@ def measure(variant: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.drill if name != "plain" else []) for name in VARIANTS]
+)
 def test_peaks_and_bytes_sent_are_the_measured_ones(tmp_path, variant):
     """On CPU ranks, where what is offloaded lies in the same memory as all the rest."""
     precision, micro_batch, accumulation, checkpointing, zero = VARIANTS[variant]

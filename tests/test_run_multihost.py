@@ -631,7 +631,8 @@ def test_run_slurm_says_how_it_was_tested():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "second"), [([], "1"), (["--elastic"], "1"), ([], "2"),
+@pytest.mark.parametrize(("flags", "second"), [([], "1"), pytest.param(["--elastic"], "1", marks=pytest.mark.drill),
+                                               pytest.param([], "2", marks=pytest.mark.drill),
                                                ([*DEEPSPEED, "--no_ssh", "--hostfile", "hosts"], "")])  # fmt: skip
 def test_two_hosts_train(tmp_path, flags, second):
     """Two commands on this machine, as on two hosts; also with 1 and 2 ranks, which torchrun adds up."""
