@@ -394,7 +394,6 @@ def load_corpus(args: argparse.Namespace) -> Corpus:
 
 
 # region model (owner: GPTLike-Base.py)
-@torch.library.custom_op("gptlike::kept", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def kept(x: torch.Tensor, p: float) -> torch.Tensor:
     """Which elements dropout keeps, on a CPU: PyTorch's random numbers take a tenth of a training step there, here a
     draw of 64 bits serves four elements. An operator, since torch.compile would stop at what it does."""
@@ -402,14 +401,16 @@ def kept(x: torch.Tensor, p: float) -> torch.Tensor:
     return bits[: x.numel()].view_as(x) >= round(p * 2**16) - 2**15
 
 
-kept.register_fake(lambda x, p: x.new_empty(x.shape, dtype=torch.bool))  # all that torch.compile has to know
+if not hasattr(torch.ops.gptlike, "kept"):  # once in a process: to register it anew would pull it from under the first
+    operator = torch.library.custom_op("gptlike::kept", kept, mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+    operator.register_fake(lambda x, p: x.new_empty(x.shape, dtype=torch.bool))  # all that torch.compile has to know
 
 
 class Dropout(nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
-        return x * kept(x, self.p) / (1 - self.p)
+        return x * torch.ops.gptlike.kept(x, self.p) / (1 - self.p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -596,8 +597,7 @@ def write(path: Path, value: dict | str) -> None:
 
 def settings(args: argparse.Namespace, corpus: Corpus) -> dict:
     """What has to be the same in a checkpoint and in the run that continues it."""
-    names = ("n_layer", "n_head", "d_model", "block_size", "seed", "precision")
-    names += ("batch_size", "gradient_accumulation_steps")
+    names = "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps".split()
     facts = {"ZeRO stage": args.zero_stage, "world size": world_size(), "data and tokenizer": corpus.digest[:12]}
     return facts | {name: getattr(args, name) for name in names}
 
