@@ -867,13 +867,14 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
         yield tuple(tensor.to(device, non_blocking=True) for tensor in parts)
 
 
-def keep_freed_memory() -> None:
-    """On a CPU: have glibc keep large freed blocks for the next tensors. By itself it gives them back to the system and
-    gets them again page by page: at GPT-2's vocabulary a quarter of a step."""
+def prepare_cpu() -> None:
+    """Have glibc keep large freed blocks for the next tensors: by itself it gives them back to the system and gets them
+    page by page again, at GPT-2's vocabulary a quarter of a step. And let one thread alone make MKL's first call: of
+    two at once one now and then takes exponentials that are 1e-4 off, and a run repeated would not be the same."""
+    torch.zeros(1).exp()
     with contextlib.suppress(AttributeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings for single blocks
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def catch_signals() -> list[tuple[int, float]]:
@@ -1067,7 +1068,7 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
         torch.cuda.set_device(local_rank())  # before anything is allocated, or every rank would fill GPU 0
         join_ranks("nccl", args)
         return torch.device("cuda", local_rank())
-    keep_freed_memory()
+    prepare_cpu()
     if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     join_ranks("gloo", args)

@@ -850,13 +850,14 @@ def micro_batches(data: TokenizedDataset, step: int, args: argparse.Namespace, d
         yield tuple(tensor.to(device, non_blocking=True) for tensor in parts)
 
 
-def keep_freed_memory() -> None:
-    """On a CPU: have glibc keep large freed blocks for the next tensors. By itself it gives them back to the system and
-    gets them again page by page: at GPT-2's vocabulary a quarter of a step."""
+def prepare_cpu() -> None:
+    """Have glibc keep large freed blocks for the next tensors: by itself it gives them back to the system and gets them
+    page by page again, at GPT-2's vocabulary a quarter of a step. And let one thread alone make MKL's first call: of
+    two at once one now and then takes exponentials that are 1e-4 off, and a run repeated would not be the same."""
+    torch.zeros(1).exp()
     with contextlib.suppress(AttributeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-4, 0)  # M_MMAP_MAX: no mappings for single blocks
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no mappings for single blocks
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def catch_signals() -> list[tuple[int, float]]:
@@ -1093,7 +1094,7 @@ def main() -> None:
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 does not run on a CPU: use --precision bf16 or fp32")
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     corpus = load_corpus(args)
     set_max_steps(args, corpus)
     open_output(args, {})

@@ -178,7 +178,7 @@ class DataParallelRun(Unsaved, base.PlainRun):
     """Base's own step; DistributedDataParallel averages the gradients while the backward pass goes on."""
 
     def __init__(self, args: argparse.Namespace, corpus):
-        base.keep_freed_memory()
+        base.prepare_cpu()
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.precision]
         model = base.GPTLike(args, corpus.vocab_size).to(dtype)
         super().__init__(nn.parallel.DistributedDataParallel(model), args)

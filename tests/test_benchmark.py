@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT, run
+from conftest import ROOT, SCRIPTS, run
 
 sys.path.insert(0, str(ROOT / "scripts"))  # as for `python scripts/benchmark.py`
 import benchmark
@@ -334,11 +334,15 @@ def test_the_commands_of_the_docs_are_taken():
     }
     seen = []
     for words in documented():
-        place = next((n for n, word in enumerate(words) if word.startswith("scripts/") or word == BASE), None)
+        place = next((n for n, word in enumerate(words) if word.startswith("scripts/") or word in SCRIPTS), None)
         if place is None:
-            assert words[:3] == ["python", "-X", "importtime"]
+            assert words[:3] in (["python", "-X", "importtime"], ["python", "-m", "timeit"])
             continue
-        seen.append(name := "base" if words[place] == BASE else Path(words[place]).stem)
+        seen.append(name := "base" if words[place] in SCRIPTS else Path(words[place]).stem)
+        if name == "base" and "--ds_config" in words:
+            file = words.pop(words.index("--ds_config") + 1)
+            assert (ROOT / file).is_file()
+            words.remove("--ds_config")
         if name == "profile_step":
             assert (ROOT / words[place + 1]).is_file()
             name, place = "base", place + 1

@@ -305,7 +305,6 @@ def test_a_run_that_fails_is_not_repeated(launcher, monkeypatch, capsys):
     assert len(calls) == 1 and capsys.readouterr().err == "x.py: error: no\n\n"
 
 
-@pytest.mark.slow
 @pytest.mark.drill
 def test_rehearsal(tmp_path):
     """Every part but nvme, which may have to compile for minutes. The same launches and readings as on GPUs."""
