@@ -1045,9 +1045,8 @@ class PlainRun:
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            weight.data.copy_(master.detach())
 
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]

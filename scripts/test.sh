@@ -3,6 +3,7 @@
 # Usage: scripts/test.sh [--fast|--all] [PYTEST_ARGS...]
 #   --fast  unit tests, no training runs     --all  everything     neither: all but the long drills
 #   Long options of pytest come after one of these or after --, as in: scripts/test.sh -- --lf
+#   Unit tests run on all cores. Training runs, which fill the cores themselves, run one after the other.
 set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 
@@ -15,11 +16,18 @@ part() {
   return "$status"
 }
 
+# A half in which PYTEST_ARGS leave nothing to run is no failure, but both are.
+tests() {
+  local status=0
+  pytest -m "$@" || status=$?
+  [[ "$status" == 5 ]] || { matched=true; return "$status"; }
+}
+
 main() {
-  local selection="not drill" failed=()
+  local matched=false units="not slow and not drill" runs="slow and not drill" failed=()
   case "${1:-}" in
-    --fast) selection="not slow and not drill"; shift ;;
-    --all) selection=""; shift ;;
+    --fast) runs=""; shift ;;
+    --all) runs="slow or drill"; shift ;;
     --) shift ;;
     --*) die "unknown flag $1: write --fast, --all or --, and after it what pytest is to get" 2 ;;
   esac
@@ -30,7 +38,9 @@ main() {
   part ruff ruff check . || failed+=(ruff)
   part shellcheck shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
   part regions python scripts/sync_regions.py || failed+=(regions)
-  part pytest pytest -m "$selection" "$@" || failed+=(pytest)
+  part "unit tests" tests "$units" --numprocesses logical --maxprocesses 8 "$@" || failed+=("unit tests")
+  [[ -z "$runs" ]] || part "training runs" tests "$runs" "$@" || failed+=("training runs")
+  "$matched" || failed+=("no test matches $*")
   printf 'all parts: %d s\n' "$SECONDS"
   [[ ${#failed[@]} == 0 ]] || die "failed: ${failed[*]}"
 }
