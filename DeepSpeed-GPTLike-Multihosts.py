@@ -1062,8 +1062,6 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
     deepspeed.utils.set_log_level_from_string("info" if args.verbose else "warning")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
-    if not any(Path.home().glob(".cache/torch_extensions/*/*/*.so")) and "TORCH_EXTENSIONS_DIR" not in os.environ:
-        log("the first run on a machine compiles DeepSpeed's C++ ops: one or two minutes without a word")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if os.environ["DS_ACCELERATOR"] == "cuda":
@@ -1073,8 +1071,7 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
         join_ranks("nccl", args)
         return torch.device("cuda", local_rank())
     prepare_cpu()
-    if not shutil.which("c++"):  # then gloo does what DeepSpeed's shared-memory op would do faster
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for 20 s, for inference alone
     join_ranks("gloo", args)
     return torch.device("cpu")
 
@@ -1243,9 +1240,8 @@ def take_flags(args: argparse.Namespace, config: dict) -> None:
         section[key] = getattr(args, flag, old)
         setattr(args, flag, section[key])
     for name in ("bf16", "fp16"):
-        config.setdefault(name, {}).setdefault("enabled", False)
-        if given:
-            config[name]["enabled"] = name == args.precision
+        section = config.setdefault(name, {})
+        section["enabled"] = name == args.precision if given else section.get("enabled", False)
 
 
 def value_problems(args: argparse.Namespace, config: dict, device: torch.device) -> list[str]:
@@ -1259,8 +1255,7 @@ def value_problems(args: argparse.Namespace, config: dict, device: torch.device)
                         f"accumulation {args.gradient_accumulation_steps} x {ranks} ranks = {product}: leave it out")
     if args.precision == "fp16" and device.type == "cpu":
         problems.append("fp16 does not run on a CPU: use --precision bf16 or fp32")
-    on_gpu = device.type == "cuda"
-    if args.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if args.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):  # emulation
         problems.append(f"{torch.cuda.get_device_name(device)} has no bf16: use --precision fp16 or fp32")
     if not problems:
         try:
@@ -1307,8 +1302,13 @@ def load_ds_config(args: argparse.Namespace, device: torch.device) -> dict:
     if problems:
         raise UserError(f"--ds_config {args.ds_config}:\n  " + "\n  ".join(problems))
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
-    on_host = offloads(config) and shutil.which("c++")  # DeepSpeedCPUAdam, compiled where it is first used
-    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not on_host:
+    name, on_host = config["optimizer"]["type"].lower(), offloads(config) and shutil.which("c++")  # DeepSpeedCPUAdam
+    ops = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    if on_host and not any(ops.rglob("cpu_adam.so")):
+        log("the first offload on a machine compiles DeepSpeed's Adam: a minute without a word")
+    if name != "muon":  # DeepSpeed imports it nevertheless, and torch._inductor for its kernels: 0.6 s
+        deepspeed.runtime.compiler.compile = lambda: lambda kernel: kernel
+    if name in ("adam", "adamw") and not on_host:
         # PyTorch's fused Adam, the same formula: DeepSpeed's needs nvcc, and its CPU build resumes a last digit off.
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     args.zero_stage = config["zero_optimization"]["stage"]

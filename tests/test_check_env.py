@@ -340,19 +340,18 @@ def test_compiler(machine):
 
 def test_compiled_ops(machine):
     ops = machine.folder / "home" / ".cache" / "torch_extensions" / "py{}{}_cpu".format(*sys.version_info)
-    assert machine.check().rows["compiled ops"][:3] == ("warn", "none", "deepspeed_shm_comm cpu_adam")
-    for name in ("cpu_adam", "deepspeed_shm_comm"):
+    assert machine.check().rows["compiled ops"][:3] == ("warn", "none", "cpu_adam")
+    for name, verdict in (("async_io", "warn"), ("cpu_adam", "ok")):
         (ops / name).mkdir(parents=True)
         (ops / name / f"{name}.so").touch()
-    assert machine.check().rows["compiled ops"][:2] == ("ok", "cpu_adam deepspeed_shm_comm")
+        assert machine.check().rows["compiled ops"][0] == verdict
+    assert machine.check(TORCH_EXTENSIONS_DIR=str(ops)).rows["compiled ops"][:2] == ("ok", "async_io cpu_adam")
     machine.gpus("NVIDIA H200")
-    assert machine.check(TORCH_EXTENSIONS_DIR=str(ops)).rows["compiled ops"][0] == "warn"  # no fused_adam
-    assert machine.check().rows["compiled ops"][1] == "cpu_adam deepspeed_shm_comm"
-    cuda = ops.parent / f"{ops.name.removesuffix('cpu')}cu128" / "fused_adam"
+    cuda = ops.parent / f"{ops.name.removesuffix('cpu')}cu128" / "async_io"
     cuda.mkdir(parents=True)
-    (cuda / "fused_adam.so").touch()
+    (cuda / "async_io.so").touch()
     machine.torch(cuda="12.8", count=1)
-    assert machine.check().rows["compiled ops"][:3] == ("warn", "fused_adam", "fused_adam cpu_adam")
+    assert machine.check().rows["compiled ops"][:3] == ("warn", "async_io", "cpu_adam")
     machine.torch()
     (ops / "cpu_adam" / "lock").touch()
     assert machine.check().rows["compiled ops"][:2] == ("warn", f"locked: {ops}/cpu_adam/lock")
