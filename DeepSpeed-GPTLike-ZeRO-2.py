@@ -23,7 +23,6 @@ import functools
 import gc
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import math
@@ -1093,8 +1092,7 @@ def join_ranks(backend: str, args: argparse.Namespace) -> None:
         store.wait(keys, timedelta(seconds=seconds))
         device = torch.device("cuda", local_rank()) if backend == "nccl" else None  # with it NCCL meets at once
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), device_id=device)
-        with contextlib.redirect_stdout(sys.stdout if args.verbose else io.StringIO()):
-            deepspeed.init_distributed(backend)  # takes what is there
+        deepspeed.init_distributed(backend)  # takes what is there
     except RuntimeError as error:  # of the store, or of gloo or NCCL
         missing = keys[:1] if store is None else [key for key in keys if not store.check([key])]
         reason = f"{' '.join(missing) or 'none'} missing: {str(error).splitlines()[0]}"
