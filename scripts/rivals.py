@@ -338,6 +338,8 @@ def main() -> None:
         sys.exit(f"rivals.py: error: {error}" if base.rank() == 0 else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads, which DistributedDataParallel keeps, now and then abort an interpreter's own end
 
 
 if __name__ == "__main__":
