@@ -52,7 +52,7 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, to
 
 
 def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
-    """Read the flags and the JSON, run main(args, config), leave the process group: its threads may else abort."""
+    """Read the flags and the JSON, run main(args, config), leave the process group."""
     parser = argparse.ArgumentParser(
         description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -69,3 +69,5 @@ def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
         sys.exit(f"{parser.prog}: error: {error}" if RANK == 0 else 1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # transformers' Trainer leaves threads of gloo, which now and then abort an interpreter's own end

@@ -5,7 +5,7 @@
 
 The flags are the script's own, and it runs as ever; its steps but the first five and the last are profiled. Rank 0
 prints, and writes to OUTPUT_DIR/profile.md, the milliseconds a step that each kind of operation takes by itself, and
-the longest operations. What no operation of PyTorch accounts for is Python, waiting, and DeepSpeed's own collectives.
+the longest operations. What no operation of PyTorch accounts for is Python, and waiting for the other ranks.
 Exit codes are the script's; 1 where it has too few steps, 2 without a script.
 """
 

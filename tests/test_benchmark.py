@@ -199,7 +199,7 @@ def test_scaling_is_weak_and_strong_and_predicted():
 
 
 # Whole runs
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_round_writes_all_files(tmp_path: Path):
     words = [sys.executable, "scripts/benchmark.py", *TINY, "--contestants", "base", "zero2", "ddp", "trainer2"]
     done = run([*words, "--vocabulary", "512", "--rounds", "1", "--steps", "5", "--output", str(tmp_path)])
@@ -349,7 +349,7 @@ def test_the_commands_of_the_docs_are_taken():
         args = parsers[name].parse_args(words[place + 1 :])
         if name == "benchmark":
             benchmark.check_args(parsers[name], args)
-    assert sorted(set(seen)) == ["base", "benchmark", "profile_step", "quality"] and len(seen) == 12
+    assert sorted(set(seen)) == ["base", "benchmark", "profile_step", "quality"] and len(seen) == 14
 
 
 # Bad input: exit code, words of the message, no traceback

@@ -113,18 +113,19 @@ def test_stopped_at_any_step(base, tmp_path, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.drill)])
 @pytest.mark.parametrize(
-    ("config", "damage", "reason"),
+    ("config", "precision", "damage", "reason"),
     [
-        ("zero1", "truncate", "_optim_states.pt has 999 bytes instead of "),
-        ("zero2", "delete", "No such file or directory"),
-        ("zero3", "unsealed", "run.json"),
-        ("zero_offload", "half", "Expecting "),
-        ("zero3_offload", "foreign", "it has no files of rank 0 at this step"),
+        ("zero2", "fp32", "delete", "No such file or directory"),
+        ("zero3", "fp32", "unsealed", "run.json"),
+        pytest.param("zero1", "fp32", "truncate", "_optim_states.pt has 999 bytes", marks=pytest.mark.drill),
+        pytest.param("zero_offload", "fp32", "half", "Expecting ", marks=pytest.mark.drill),
+        pytest.param("zero3_offload", "fp32", "foreign", "it has no files of rank 0", marks=pytest.mark.drill),
+        pytest.param("zero2", "bf16", "truncate", "_optim_states.pt has 999 bytes", marks=pytest.mark.drill),
+        pytest.param("zero3_offload", "bf16", "unsealed", "run.json", marks=pytest.mark.drill),
     ],
 )
-def test_two_ranks_resume_exactly(train, tmp_path, config, damage, reason, precision):
+def test_two_ranks_resume_exactly(train, tmp_path, config, precision, damage, reason):
     """The last step of a run is damaged on rank 1: named and passed over, and from the one before, in the midst of an
     epoch and with dropout, the run ends with the same bytes."""
     whole = train(config, precision=precision, **TWO_RANKS)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import BASE, ROOT, SCRIPTS, ZERO, load_script
+from conftest import BASE, ROOT, SCRIPTS, ZERO, load_script, run
 from test_readme import BLOCK, check_command, check_tool, check_training, logical_lines
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -54,7 +54,7 @@ def spans(cell: str) -> list[str]:
 # Every page
 def check_line(line: str) -> None:
     """As in the README, and what only these pages have: a tool under torchrun or behind a shell script of its name,
-    Python's own switches, a pipe."""
+    Python's own switches, timeit, a pipe."""
     words = shlex.split(line.split(" | ")[0].removesuffix("2>&1"))
     tools = [word for word in words[1:] if re.fullmatch(r"scripts/\w+\.(py|sh)", word)]
     tool = Path(tools[0]).with_suffix(".py") if tools else None
@@ -63,6 +63,9 @@ def check_line(line: str) -> None:
         check_training(rest[0], rest[1:])
     elif words[0] in ("torchrun", "bash") and tool and (ROOT / tool).is_file():
         check_tool(str(tool), rest)
+    elif words[:3] == ["python", "-m", "timeit"]:
+        done = run([sys.executable, *words[1:3], "-r", "1", *words[3:]])
+        assert "loops, best of 1" in done.stdout, done.stderr
     elif words[:2] != ["python", "-X"]:
         check_command(line)
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import BASE, ROOT, ZERO, Run, load_script
+from conftest import BASE, ROOT, Run, load_script
 
 HOST = socket.gethostname()
 WORDS = ["Ġthe", "Ġvalue", "Ġof", "Ġa", "Ġfunction"]
@@ -142,9 +142,14 @@ def copy(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "precision"), [(None, "fp32"), *((config, "fp32") for config in ZERO),
-                                                   *(pytest.param(config, "bf16", marks=pytest.mark.drill)
-                                                     for config in ("zero1", "zero3"))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [
+        *((config, "fp32") for config in (None, "zero1", "zero2", "zero3")),
+        *(pytest.param(c, "fp32", marks=pytest.mark.drill) for c in ("zero_offload", "zero3_offload", "multihosts")),
+        *(pytest.param(c, "bf16", marks=pytest.mark.drill) for c in ("zero1", "zero3")),
+    ],
+)
 def test_any_stage_and_any_checkpoint(tool, train, tmp_path, capsys, config, precision):
     """The last checkpoint's weights are model/'s to the last bit, and both have the run's validation loss."""
     run, weights = shared_run(train, config, precision), []

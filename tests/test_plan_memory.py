@@ -253,10 +253,8 @@ def measure(variant: str, folder: Path) -> None:
     first.leave(0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.drill if name != "plain" else []) for name in VARIANTS]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_peaks_and_bytes_sent_are_the_measured_ones(tmp_path, variant):
     """On CPU ranks, where what is offloaded lies in the same memory as all the rest."""
     precision, micro_batch, accumulation, checkpointing, zero = VARIANTS[variant]

@@ -28,7 +28,7 @@ def test_two_ranks_train_as_base_does(train, config):
         {"ranks": 1, "batch_size": 8},
         {"ranks": 1, "batch_size": 2, "gradient_accumulation_steps": 4},
         {"ranks": 2, "batch_size": 1, "gradient_accumulation_steps": 4},
-        {"ranks": 4, "batch_size": 2},
+        pytest.param({"ranks": 4, "batch_size": 2}, marks=pytest.mark.drill, id="4-2"),
     ],
     ids=lambda shape: "-".join(map(str, shape.values())),
 )
