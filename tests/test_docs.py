@@ -200,9 +200,9 @@ def test_every_field_of_the_metrics_is_documented(full, ranks):
     }
     for one in (full, ranks):
         assert one.json("memory").keys() == documented("memory.json")
-        manifest = json.loads((one.folder / "checkpoints" / "step3" / "one.json").read_text())
-        assert manifest.keys() == documented("one.json")
-        assert manifest["settings"].keys() == documented("one.json", 1)
+        manifest = json.loads((one.folder / "checkpoints" / "step3" / "run.json").read_text())
+        assert manifest.keys() == documented("run.json")
+        assert manifest["settings"].keys() == documented("run.json", 1)
         assert json.loads((one.folder / "model" / "config.json").read_text()).keys() == documented("config.json")
 
 
