@@ -123,7 +123,7 @@ def test_dropout_keeps_its_share_scaled_and_its_gradient(p, shape):
 
 
 FIRST_CALLS = """
-import collections, os, sys, torch
+import collections, os, torch
 from conftest import BASE, load_script
 
 base, generator = load_script(BASE), torch.Generator().manual_seed(0)
