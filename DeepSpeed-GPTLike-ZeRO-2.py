@@ -1184,8 +1184,7 @@ def key_problems(config: dict) -> list[str]:
             continue
         for key in section if known else ():
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f": did you mean {near[0]}?" if near else ""
+                hint = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
                 problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
             elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and 0 < section[key] < 2**31):
                 problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number below 2**31")
@@ -1268,7 +1267,10 @@ def trial_problems(config: dict) -> list[str]:
         return []  # DeepSpeed's own
     try:
         what, given = "optimizer", {key: params[key] for key in params if key not in ("torch_adam", "adam_w_mode")}
+        gc.disable()  # the first optimizer of a process imports torch._dynamo: a million objects and no garbage
         optimizer = getattr(torch.optim, name)([torch.zeros(1)], **given)
+        gc.freeze()  # nor will any be found in them later
+        gc.enable()
         allowed = config.get("zero_allow_untested_optimizer")
         if not allowed and type(optimizer) not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
             return [f'optimizer.type is {name}, with which ZeRO wants "zero_allow_untested_optimizer": true']
