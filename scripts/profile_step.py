@@ -2,11 +2,12 @@
 
     python scripts/profile_step.py GPTLike-Base.py --dataset sample --n_head 6 --d_model 384 --max_steps 10
     torchrun --nproc_per_node 2 scripts/profile_step.py DeepSpeed-GPTLike-ZeRO-2.py --dataset sample --max_steps 10
+    torchrun --nproc_per_node 2 scripts/profile_step.py scripts/rivals.py ddp --dataset sample --max_steps 10
 
-The flags are the script's own, and it runs as ever; its steps but the first five and the last are profiled. Rank 0
-prints, and writes to OUTPUT_DIR/profile.md, the milliseconds a step that each kind of operation takes by itself, and
-the longest operations. What no operation of PyTorch accounts for is Python, and waiting for the other ranks.
-Exit codes are the script's; 1 where it has too few steps, 2 without a script.
+The flags are the script's own, and it runs as ever; so does a rival that trains in the scripts' loop. The steps but the
+first five and the last are profiled. Rank 0 prints, and writes to OUTPUT_DIR/profile.md, the milliseconds a step that
+each kind of operation takes by itself, and the longest operations. What no operation of PyTorch accounts for is Python,
+and waiting for the other ranks. Exit codes are the script's; 1 where it has too few steps, 2 without a script.
 """
 
 import os
@@ -17,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import rivals
 import torch
-from rivals import ROOT, load_script
 
 SKIPPED = 4  # first steps: caches fill, and the second counts its memory
 KINDS = {  # kind: names of operations, the first that fits
@@ -59,9 +60,10 @@ def report(events: list[tuple[str, float]], step_ms: float, title: str) -> str:
 
 def run_profiled(script: ModuleType, title: str) -> None:
     """The script's main() with a profiler around its steps."""
+    loop = getattr(script, "base", script)  # rivals.py has Base's
     ready = torch.profiler.schedule(skip_first=SKIPPED, wait=0, warmup=1, active=10_000)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=ready, acc_events=True)
-    micro_batches, starts = script.micro_batches, []
+    micro_batches, starts = loop.micro_batches, []
 
     def marked(data, step: int, args, device):  # called once, at the start of a step
         starts.append(time.perf_counter())
@@ -73,28 +75,28 @@ def run_profiled(script: ModuleType, title: str) -> None:
     def finish(args) -> None:
         profiler.stop()
         if (steps := len(starts) - SKIPPED - 2) < 1:
-            raise script.UserError(
-                f"--max_steps {args.max_steps}: to profile a step, at least {SKIPPED + 3} are needed"
-            )
-        if script.rank() == 0:
+            raise loop.UserError(f"--max_steps {args.max_steps}: to profile a step, at least {SKIPPED + 3} are needed")
+        if loop.rank() == 0:
             spent = [(event.key, event.self_cpu_time_total / 1e3 / steps) for event in profiler.key_averages()]
             operations = [(name, ms) for name, ms in spent if not name.startswith("ProfilerStep")]
             text = report(operations, (starts[-1] - starts[SKIPPED + 1]) * 1e3 / steps, title)
             Path(args.output_dir, "profile.md").write_text(text, encoding="utf-8")
-            script.log(text)
+            loop.log(text)
 
-    script.micro_batches = marked
-    script.stop_on_user_error(script.main)
+    loop.micro_batches = marked
+    loop.stop_on_user_error(script.main)
 
 
 def main() -> None:
-    names = sorted(path.name for path in ROOT.glob("*GPTLike*.py"))
-    if len(sys.argv) < 2 or Path(sys.argv[1]).name not in names:
+    names = sorted(path.name for path in rivals.ROOT.glob("*GPTLike*.py"))
+    name, elsewhere = Path((sys.argv + [""])[1]).name, {"trainer", "link"}.intersection(sys.argv)  # not in Base's loop
+    if name not in names and (name != "rivals.py" or elsewhere):
+        names.append("scripts/rivals.py with ddp, nanogpt or original")
         sys.stderr.write(f"usage: profile_step.py SCRIPT [FLAGS]; SCRIPT is one of {' '.join(names)}\n")
         sys.exit(2)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     del sys.argv[0]
-    run_profiled(load_script(Path(sys.argv[0]).name), " ".join(sys.argv))
+    run_profiled(rivals if name == "rivals.py" else rivals.load_script(name), " ".join(sys.argv))
 
 
 if __name__ == "__main__":

@@ -298,9 +298,10 @@ def test_times_by_kind_add_up_to_the_step():
 
 
 @pytest.mark.slow
-def test_a_script_under_the_profiler(tmp_path: Path):
-    words = [sys.executable, "scripts/profile_step.py", "GPTLike-Base.py", *TINY, "--dataset", "sample"]
-    words += ["--tokenizer", "bpe:512", "--output_dir", str(tmp_path), "--overwrite", "--max_steps"]
+@pytest.mark.parametrize("script", [["GPTLike-Base.py", "--overwrite"], ["scripts/rivals.py", "nanogpt"]])
+def test_a_script_under_the_profiler(tmp_path: Path, script: list[str]):
+    words = [sys.executable, "scripts/profile_step.py", *script, *TINY, "--dataset", "sample"]
+    words += ["--tokenizer", "bpe:512", "--output_dir", str(tmp_path), "--max_steps"]
     done = run([*words, "8"])
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "profile.md").read_text()
@@ -311,12 +312,14 @@ def test_a_script_under_the_profiler(tmp_path: Path):
     assert few.returncode == 1 and "at least 7 are needed" in few.stderr and "Traceback" not in few.stderr
 
 
-def test_the_profiler_wants_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    for words in ([], ["scripts/benchmark.py"]):
-        monkeypatch.setattr(sys, "argv", ["profile_step.py", *words])
-        with pytest.raises(SystemExit) as stop:
-            profile_step.main()
-        assert stop.value.code == 2 and "SCRIPT is one of DeepSpeed-GPTLike-Multihosts.py" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [[], ["scripts/benchmark.py"], ["scripts/rivals.py", "trainer"]])
+def test_the_profiler_wants_a_script(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        profile_step.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "SCRIPT is one of DeepSpeed-GPTLike-Multihosts.py" in said
+    assert "scripts/rivals.py with ddp, nanogpt or original" in said
 
 
 # docs/benchmarks.md

@@ -59,8 +59,8 @@ def check_line(line: str) -> None:
     tools = [word for word in words[1:] if re.fullmatch(r"scripts/\w+\.(py|sh)", word)]
     tool = Path(tools[0]).with_suffix(".py") if tools else None
     rest = words[words.index(tools[0]) + 1 :] if tools else []
-    if tools == ["scripts/profile_step.py"]:  # before a training command
-        check_training(rest[0], rest[1:])
+    if tools[:1] == ["scripts/profile_step.py"]:  # before a training command
+        check_tool(*rest[:1], rest[1:]) if tools[1:] else check_training(rest[0], rest[1:])
     elif words[0] in ("torchrun", "bash") and tool and (ROOT / tool).is_file():
         check_tool(str(tool), rest)
     elif words[:3] == ["python", "-m", "timeit"]:
