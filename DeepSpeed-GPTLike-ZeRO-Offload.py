@@ -50,6 +50,7 @@ import torch
 
 # The device that this script will use: left alone, DeepSpeed guesses, and warns of its guess or takes another.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import cpuinfo
 import deepspeed
 import hjson
 import psutil
@@ -1421,11 +1422,10 @@ def stage_problems(config: dict) -> list[str]:
     zero, problems = config["zero_optimization"], []
     if zero["stage"] < 3 and (zero.get("offload_param") or zero["offload_optimizer"]["device"] == "nvme"):
         problems.append(f"stage {zero['stage']} offloads the optimizer, to the CPU; parameters and NVMe need stage 3")
-    for name in ("offload_optimizer", "offload_param"):
-        section = zero.get(name) or {}
-        if section.get("device") == "nvme" and not os.path.isdir(str(section.get("nvme_path"))):
-            problems.append(f"{name}.nvme_path {section.get('nvme_path')} is no folder: name one on a local NVMe disk")
-    return problems
+    paths = {name: zero[name].get("nvme_path") for name in ("offload_optimizer", "offload_param")
+             if (zero.get(name) or {}).get("device") == "nvme"}  # fmt: skip
+    return problems + [f"{name}.nvme_path {path} is no folder: name one on a local NVMe disk"
+                       for name, path in paths.items() if not os.path.isdir(str(path))]  # fmt: skip
 
 
 class OffloadRun(EngineRun):
@@ -1443,8 +1443,7 @@ class OffloadRun(EngineRun):
     def held(self, activations: list | None = None) -> dict[str, int]:
         """ZeRO-Offload: what lies on NVMe is no tensor of this process; its size is that of the rank's swap files. What
         is under 1 MiB DeepSpeed keeps in memory."""
-        held = super().held(activations)
-        zero = self.model.config["zero_optimization"]
+        held, zero = super().held(activations), self.model.config["zero_optimization"]
         folders = {section["nvme_path"] for section in (zero.get("offload_optimizer"), zero.get("offload_param"))
                    if section and section["device"] == "nvme"}  # fmt: skip
         for file in (file for folder in folders for file in Path(folder).glob(f"zero_stage_3/*/rank{rank()}/*.swp")):
@@ -1465,6 +1464,8 @@ def build_engine(args: argparse.Namespace, vocab_size: int, ds_config: dict) -> 
     # ZeRO-Offload: at stage 3 each parameter goes to its place in host memory or on NVMe as soon as it is built.
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=args.zero_stage == 3):
         model = GPTLike(args, vocab_size)
+    # ZeRO-Offload: its Adam asks what this CPU can do three times, and each time py-cpuinfo measures for a second.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     warmup_and_cosine = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda s: lr_factor(s, args))
     engine, *_ = deepspeed.initialize(
         model=model,
