@@ -1061,8 +1061,8 @@ def start_distributed(args: argparse.Namespace) -> torch.device:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # one ninja for all launches
     deepspeed.utils.set_log_level_from_string("info" if args.verbose else "warning")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    if os.environ.get("OMP_NUM_THREADS", "1") in ("", "1"):  # unset, or the 1 that torchrun sets
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))  # of the cores that are ours
     if os.environ["DS_ACCELERATOR"] == "cuda":
         if ranks_here > torch.cuda.device_count():
             raise UserError(f"{ranks_here} ranks here but {torch.cuda.device_count()} GPUs: start one rank per GPU")

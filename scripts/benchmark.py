@@ -109,7 +109,7 @@ def contestant(name: str) -> Contestant:
 
 
 def threads_per_rank(ranks: int) -> int:
-    return max(1, (os.cpu_count() or 1) // ranks)
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def apart(function: Callable, *args: object) -> object:

@@ -272,7 +272,8 @@ def environment(device: str, sharing: int, tokens: Path) -> dict[str, str]:
     env |= {"GPTLIKE_CACHE": str(tokens), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # this Python's ninja
     env["NVIDIA_TF32_OVERRIDE"] = "0"  # some containers turn TF32 on, and fp32 would be no fp32
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // sharing)))  # torchrun sets 1: Offload crawls
+    threads = max(1, len(os.sched_getaffinity(0)) // sharing)  # torchrun sets 1, with which Offload crawls
+    env.setdefault("OMP_NUM_THREADS", str(threads))
     return env | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 

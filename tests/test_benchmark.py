@@ -164,7 +164,7 @@ def test_jobs_share_the_global_batch_and_the_cores():
     assert {name for name, job in by_name.items() if job.ranks == 1} == {"base", "base-compile", "nanogpt", "original"}
     assert all(job.ranks * job.micro_batch == 8 for job in by_name.values())
     assert [name for name, job in by_name.items() if job.precision == "fp32"] == ["original"]
-    cores = benchmark.os.cpu_count()
+    cores = len(benchmark.os.sched_getaffinity(0))
     assert [benchmark.threads_per_rank(ranks) for ranks in (1, 2 * cores)] == [cores, 1]
     assert benchmark.environment(2, Path("x"))["OMP_NUM_THREADS"] == str(max(1, cores // 2))
 

@@ -1,6 +1,10 @@
 """One grammar for all six scripts: the same flags, and one message for each wrong one."""
 
+import argparse
+import os
+
 import pytest
+import torch
 from conftest import BASE, SCRIPTS, load_script, run
 
 FLAGS = """version n_layer n_head d_model block_size dropout activation_checkpointing compile epochs max_steps
@@ -104,6 +108,21 @@ def test_local_rank_has_both_spellings_and_the_environment_wins(monkeypatch):
         assert module.build_parser().parse_args([word]).local_rank == 3
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert module.local_rank() == 1
+
+
+@pytest.mark.parametrize(("omp", "threads"), [(None, [4]), ("", [4]), ("1", [4]), ("3", [])])
+def test_a_rank_takes_its_share_of_the_cores_left_to_it(omp, threads, monkeypatch):
+    """By the process's affinity: a container or Slurm may leave it a few of the machine's."""
+    module, taken = load_script("DeepSpeed-GPTLike-ZeRO-1.py"), []
+    here = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    here |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    monkeypatch.setattr(os, "environ", here | ({} if omp is None else {"OMP_NUM_THREADS": omp}))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8, 17)))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for name in ("join_ranks", "prepare_cpu"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    assert module.start_distributed(argparse.Namespace(local_rank=0, verbose=False)).type == "cpu"
+    assert taken == threads
 
 
 def test_without_deepspeed_a_script_names_it(tmp_path):

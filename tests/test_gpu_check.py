@@ -125,7 +125,7 @@ def test_environments(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     on_gpu, on_cpu = (gpu.environment(device, 4, Path("tokens")) for device in ("cuda", "cpu"))
     assert "RANK" not in on_gpu and on_gpu["CUDA_VISIBLE_DEVICES"] == "1" and "DS_ACCELERATOR" not in on_gpu
     assert on_gpu["OMP_NUM_THREADS"] == "4" and on_gpu["NVIDIA_TF32_OVERRIDE"] == "0"
