@@ -166,6 +166,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for name, value in vars(args).items():
         if isinstance(value, list):  # Python 3.11's argparse makes [] of --name=--
             parser.error(f"argument --{name}: expected one argument")
+        if value == "":
+            parser.error(f"--{name} is empty")
         if type(value) in (int, float) and not (0 < value < 2**31 or value == 0 and name in may_be_zero):
             limit = "below 2**31" if value >= 2**31 else f"{'at least' if name in may_be_zero else 'above'} 0"
             parser.error(f"--{name} {value}: must be {limit}")
@@ -173,9 +175,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--dropout {args.dropout} must be below 1")
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
-    for name in ("output_dir", "dataset", "tokenizer", "resume", "ds_config"):
-        if getattr(args, name, None) == "":
-            parser.error(f"--{name} is empty")
     inside = os.path.realpath(args.resume).startswith(os.path.realpath(args.output_dir) + os.sep)
     if args.overwrite and inside and args.resume not in ("auto", "never"):
         parser.error(f"--overwrite deletes --resume {args.resume} with all of --output_dir: leave one of them out")
@@ -1270,7 +1269,6 @@ def trial_problems(config: dict) -> list[str]:
         gc.disable()  # the first optimizer of a process imports torch._dynamo: a million objects and no garbage
         optimizer = getattr(torch.optim, name)([torch.zeros(1)], **given)
         gc.freeze()  # nor will any be found in them later
-        gc.enable()
         allowed = config.get("zero_allow_untested_optimizer")
         if not allowed and type(optimizer) not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
             return [f'optimizer.type is {name}, with which ZeRO wants "zero_allow_untested_optimizer": true']
@@ -1283,6 +1281,8 @@ def trial_problems(config: dict) -> list[str]:
             getattr(places[0], kind)(optimizer, **given)
     except REFUSALS as error:
         return [f"{what}.params: {error or repr(error)}"]
+    finally:
+        gc.enable()
     return []
 
 
