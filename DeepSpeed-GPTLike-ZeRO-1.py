@@ -1183,7 +1183,8 @@ def key_problems(config: dict) -> list[str]:
             continue
         for key in section if known else ():
             if key not in known:
-                hint = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
                 problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
             elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and 0 < section[key] < 2**31):
                 problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number below 2**31")

@@ -1184,7 +1184,8 @@ def key_problems(config: dict) -> list[str]:
             continue
         for key in section if known else ():
             if key not in known:
-                hint = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(key, known, n=1))
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean {near[0]}?" if near else ""
                 problems.append(f"unknown key {'.'.join([*path, key])}{hint}")
             elif key in POSITIVE and not (type(section[key]) in (int, POSITIVE[key]) and 0 < section[key] < 2**31):
                 problems.append(f"{'.'.join([*path, key])} is {section[key]!r}, not a positive number below 2**31")
@@ -1418,10 +1419,11 @@ def stage_problems(config: dict) -> list[str]:
     zero, problems = config["zero_optimization"], []
     if zero["stage"] < 3 and (zero.get("offload_param") or zero["offload_optimizer"]["device"] == "nvme"):
         problems.append(f"stage {zero['stage']} offloads the optimizer, to the CPU; parameters and NVMe need stage 3")
-    paths = {name: zero[name].get("nvme_path") for name in ("offload_optimizer", "offload_param")
-             if (zero.get(name) or {}).get("device") == "nvme"}  # fmt: skip
-    return problems + [f"{name}.nvme_path {path} is no folder: name one on a local NVMe disk"
-                       for name, path in paths.items() if not os.path.isdir(str(path))]  # fmt: skip
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name) or {}
+        if section.get("device") == "nvme" and not os.path.isdir(str(section.get("nvme_path"))):
+            problems.append(f"{name}.nvme_path {section.get('nvme_path')} is no folder: name one on a local NVMe disk")
+    return problems
 
 
 class OffloadRun(EngineRun):
@@ -1439,7 +1441,8 @@ class OffloadRun(EngineRun):
     def held(self, activations: list | None = None) -> dict[str, int]:
         """ZeRO-Offload: what lies on NVMe is no tensor of this process; its size is that of the rank's swap files. What
         is under 1 MiB DeepSpeed keeps in memory."""
-        held, zero = super().held(activations), self.model.config["zero_optimization"]
+        held = super().held(activations)
+        zero = self.model.config["zero_optimization"]
         folders = {section["nvme_path"] for section in (zero.get("offload_optimizer"), zero.get("offload_param"))
                    if section and section["device"] == "nvme"}  # fmt: skip
         for file in (file for folder in folders for file in Path(folder).glob(f"zero_stage_3/*/rank{rank()}/*.swp")):
