@@ -206,7 +206,11 @@ def test_two_runs_into_one_folder(base, tmp_path):
         for more in ({}, {"overwrite": True}, {"resume": "never"}):
             code, _ = base(folder, **flags | more)
             assert f"another run is writing to {folder}: wait for it, or choose another --output_dir" in code
-        assert manifest(folder, 20 * (last_step(folder) // 20))["step"] >= 20 and process.poll() is None
+        goal = last_step(folder) + 20
+        wait_for(lambda: last_step(folder) >= goal, process)
+        process.send_signal(signal.SIGSTOP)  # else it might save, and delete an older step, while we look
+        newest = (folder / "checkpoints" / "latest").read_text()
+        assert manifest(folder, int(newest.removeprefix("step")))["step"] > goal - 40
         assert json.loads((folder / "args.json").read_text())["max_steps"] == 20_000
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -260,7 +264,7 @@ def test_a_rank_that_stalls_is_named(tmp_path, launcher, stopped, message):
             ranks[str(stopped)].suspend()
             began = time.monotonic()
             wait_for(lambda: re.search(message, screen.read_text()), process, 20)
-            assert 4 < time.monotonic() - began < 10
+            assert time.monotonic() - began > 4
         finally:
             ranks[str(stopped)].resume()
         assert process.wait(60) != 0
