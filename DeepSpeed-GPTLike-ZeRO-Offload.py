@@ -1463,8 +1463,9 @@ def build_engine(args: argparse.Namespace, vocab_size: int, ds_config: dict) -> 
     # ZeRO-Offload: at stage 3 each parameter goes to its place in host memory or on NVMe as soon as it is built.
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=args.zero_stage == 3):
         model = GPTLike(args, vocab_size)
-    # ZeRO-Offload: its Adam asks what this CPU can do three times, and each time py-cpuinfo measures for a second.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    # ZeRO-Offload: its Adam asks py-cpuinfo three times what this CPU can do. Linux knows; measuring takes a second.
+    cpuinfo.cpuinfo.DataSource.can_cpuid = False
+    cpuinfo.get_cpu_info = cpuinfo.cpuinfo._get_cpu_info_internal
     warmup_and_cosine = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda s: lr_factor(s, args))
     engine, *_ = deepspeed.initialize(
         model=model,
