@@ -1085,9 +1085,10 @@ def join_ranks(backend: str, args: argparse.Namespace) -> None:
     keys, store, seconds = [f"rank{other}" for other in range(world_size())], None, args.rendezvous_timeout
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     trouble = f"{world_size()} ranks did not meet at {place} in {seconds} s"
-    (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}. {NO_MEETING}"])).start()  # gloo waits longer
+    (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}, rank0 missing: no answer. {NO_MEETING}"])).start()
     try:
-        store = connect(seconds)
+        store = connect(seconds)  # which waits that long more than once
+        timer.args[0] = f"{trouble}. {NO_MEETING}"  # gloo waits longer
         store.set(keys[rank()], socket.gethostname())
         store.wait(keys, timedelta(seconds=seconds))
         device = torch.device("cuda", local_rank()) if backend == "nccl" else None  # with it NCCL meets at once

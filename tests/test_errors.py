@@ -7,7 +7,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import unittest.mock
 
 import pytest
 import torch
@@ -152,6 +154,25 @@ def test_a_rank_that_does_not_come_is_named(number, tmp_path):
     causes = ["the command was not started on every host", "a firewall", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "127.*"]
     places = [printed.index(cause, printed.index("Usual causes")) for cause in causes]
     assert places == sorted(places) and time.monotonic() - start < 40
+
+
+@pytest.mark.parametrize(("stuck", "known"), [("connect", ", rank0 missing: no answer"), ("wait", "")])
+def test_a_meeting_that_hangs_ends_in_time(monkeypatch, stuck, known):
+    """PyTorch's store tries to reach rank 0 again when the time is over, and gloo has a time of its own."""
+    module, said, ended = load_script(ZERO["zero1"]), [], threading.Event()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+    def hang(*_) -> None:
+        assert ended.wait(30)
+        raise RuntimeError("at last")
+
+    store = unittest.mock.Mock(wait=hang)
+    monkeypatch.setattr(module, "connect", hang if stuck == "connect" else lambda seconds: store)
+    monkeypatch.setattr(module, "end_alone", lambda message: (said.append(message), ended.set()))
+    with pytest.raises(module.UserError):
+        module.join_ranks("gloo", argparse.Namespace(rendezvous_timeout=-4))  # 5 s of grace
+    assert said == [f"2 ranks did not meet at 10.0.0.1:29500 in -4 s{known}. {module.NO_MEETING}"]
 
 
 @pytest.mark.slow
