@@ -1083,14 +1083,14 @@ def connect(seconds: int) -> dist.Store:
 def join_ranks(backend: str, args: argparse.Namespace) -> None:
     """Meet all ranks at MASTER_ADDR:MASTER_PORT. UserError with those that are missing after --rendezvous_timeout."""
     keys, store, seconds = [f"rank{other}" for other in range(world_size())], None, args.rendezvous_timeout
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place, began = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", time.monotonic()
     trouble = f"{world_size()} ranks did not meet at {place} in {seconds} s"
     (timer := threading.Timer(seconds + 5, end_alone, [f"{trouble}, rank0 missing: no answer. {NO_MEETING}"])).start()
     try:
         store = connect(seconds)  # which waits that long more than once
         timer.args[0] = f"{trouble}. {NO_MEETING}"  # gloo waits longer
         store.set(keys[rank()], socket.gethostname())
-        store.wait(keys, timedelta(seconds=seconds))
+        store.wait(keys, timedelta(seconds=max(1, began + seconds - time.monotonic())))
         device = torch.device("cuda", local_rank()) if backend == "nccl" else None  # with it NCCL meets at once
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), device_id=device)
         deepspeed.init_distributed(backend)  # takes what is there

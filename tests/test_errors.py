@@ -1,6 +1,7 @@
 """What the user did wrong: one message that names the thing, exit 1, no traceback, no hang, nothing overwritten."""
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -173,6 +174,25 @@ def test_a_meeting_that_hangs_ends_in_time(monkeypatch, stuck, known):
     with pytest.raises(module.UserError):
         module.join_ranks("gloo", argparse.Namespace(rendezvous_timeout=-4))  # 5 s of grace
     assert said == [f"2 ranks did not meet at 10.0.0.1:29500 in -4 s{known}. {module.NO_MEETING}"]
+
+
+@pytest.mark.parametrize(("passed", "left"), [(200, 100), (299.5, 1)])
+def test_a_late_first_rank_leaves_the_others_the_rest_of_the_time(passed, left, monkeypatch):
+    """Or the guard would speak first, which does not know who is missing."""
+    module = load_script(ZERO["zero1"])
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    store = unittest.mock.Mock()
+    store.wait.side_effect = RuntimeError("Socket Timeout")
+    store.check = lambda keys: keys != ["rank2"]
+    monkeypatch.setattr(module, "connect", lambda seconds: store)
+    monkeypatch.setattr(module, "time", unittest.mock.Mock(monotonic=iter([1000.0, 1000.0 + passed]).__next__))
+    with pytest.raises(module.UserError) as caught:
+        module.join_ranks("gloo", argparse.Namespace(rendezvous_timeout=300))
+    assert str(caught.value).startswith(
+        "3 ranks did not meet at 10.0.0.1:29500 in 300 s, rank2 missing: Socket Timeout."
+    )
+    assert store.wait.call_args.args == (["rank0", "rank1", "rank2"], datetime.timedelta(seconds=left))
 
 
 @pytest.mark.slow
