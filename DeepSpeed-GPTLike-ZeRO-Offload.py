@@ -81,6 +81,7 @@ class LoneError(UserError):
 
 def stop_on_user_error(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
+    sys.stdout.reconfigure(line_buffering=True)  # into a file or a pipe, too: each line when it is said
     try:
         main()
     except LoneError as error:
@@ -110,7 +111,6 @@ def leave(code: int | str | None) -> NoReturn:
         sys.exit(code)
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")
-    sys.stdout.flush()
     os._exit(1 if isinstance(code, str) else code or 0)
 
 

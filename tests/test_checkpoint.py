@@ -185,8 +185,9 @@ def test_a_repeated_signal_is_the_first_for_a_second(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(tmp_path):
-    """In the midst of a step of minutes."""
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    """In the midst of a step of minutes. What was said before it is in the file already."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     flags = SHORT | {"gradient_accumulation_steps": 100_000, "max_steps": 2, "output_dir": tmp_path / "run"}
     with start(command(BASE, launcher="python", **flags), tmp_path / "screen") as process:
         wait_for(lambda: "model: " in (tmp_path / "screen").read_text(), process)

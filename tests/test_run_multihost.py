@@ -305,10 +305,10 @@ case "$host" in
   refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255 ;;
   locked) echo "Warning: Permanently added" >&2; echo "me@locked: Permission denied (publickey)." >&2; exit 255 ;;
   nopython) echo "bash: line 1: /opt/python: No such file or directory"; exit 127 ;;
-  oldtorch) echo "Python 3.11.7, torch 2.5.0, deepspeed 0.19.8"; echo "no eno1 172.25.0.9 no 172.25.0.100" ;;
-  elsewhere) echo "Python 3.11.7, torch 2.13.0, deepspeed 0.19.8"; echo "no eno1 172.25.0.9 no 172.25.0.100" ;;
-  other-name) echo "Python 3.11.7, torch 2.13.0, deepspeed 0.19.8"; echo "no enp3s0 172.25.0.9 yes 172.25.0.100" ;;
-  first) echo "Python 3.11.7, torch 2.13.0, deepspeed 0.19.8"; echo "yes eno1 172.25.0.100 no 172.25.0.100" ;;
+  oldtorch) echo "Python 3.11.99, torch 2.5.0, deepspeed 0.19.8"; echo "no eno1 172.25.0.9 no 172.25.0.100" ;;
+  elsewhere) echo "Python 3.11.99, torch 2.13.0, deepspeed 0.19.8"; echo "no eno1 172.25.0.9 no 172.25.0.100" ;;
+  other-name) echo "Python 3.11.99, torch 2.13.0, deepspeed 0.19.8"; echo "no enp3s0 172.25.0.9 yes 172.25.0.100" ;;
+  first) echo "Python 3.11.99, torch 2.13.0, deepspeed 0.19.8"; echo "yes eno1 172.25.0.100 no 172.25.0.100" ;;
   real) exec bash -c "$6" ;;
 esac"""
 
@@ -335,7 +335,7 @@ def hosts(launch):
         (["first", "refused"], "no ssh to refused: ssh: connect to host refused port 22: Connection refused; it must"),
         (["locked", "first"], "no ssh to locked: me@locked: Permission denied (publickey).; it must work without"),
         (["first", "nopython"], "host nopython: bash: line 1: /opt/python: No such file or directory"),
-        (["first", "oldtorch"], "host oldtorch has Python 3.11.7, torch 2.5.0, deepspeed 0.19.8, but first has "),
+        (["first", "oldtorch"], "host oldtorch has Python 3.11.99, torch 2.5.0, deepspeed 0.19.8, but first has "),
         (["elsewhere", "first"], f"MASTER_ADDR={FIRST} is no address of elsewhere, the hostfile's first host, "),
         (["first", "real"], "host real has Python 3."),
     ],
@@ -356,7 +356,7 @@ def test_the_hosts_answers_choose_the_network(hosts):
     result = hosts("first", "elsewhere", HF_HUB_OFFLINE="1", HF_TOKEN="secret", HF_HOME="/tmp/hf")
     assert (result.returncode, result.stderr) == (3, "")  # deepspeed's own exit code
     before, started = result.stdout.split("started ")
-    assert "all hosts answer: Python 3.11.7, torch 2.13.0, deepspeed 0.19.8\n" in before
+    assert "all hosts answer: Python 3.11.99, torch 2.13.0, deepspeed 0.19.8\n" in before
     assert started.splitlines() == [
         f"--hostfile hosts --master_addr {FIRST} --master_port 29500 train.py",
         "NCCL_IB_DISABLE=1", "NCCL_SOCKET_IFNAME==eno1",
