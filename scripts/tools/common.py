@@ -1,0 +1,88 @@
+"""What the tools share: loading a script by path, reading what a run wrote, and printing tables."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = (  # in teaching order
+    "GPTLike-Base.py",
+    "DeepSpeed-GPTLike-ZeRO-1.py",
+    "DeepSpeed-GPTLike-ZeRO-2.py",
+    "DeepSpeed-GPTLike-ZeRO-3.py",
+    "DeepSpeed-GPTLike-ZeRO-Offload.py",
+    "DeepSpeed-GPTLike-Multihosts.py",
+)
+
+
+class ToolError(Exception):
+    """Something that the user can mend."""
+
+
+def exit_with(error: Exception) -> None:
+    """One message for the user and exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of the root as a module. Importing one has no side effect but DS_ACCELERATOR, where that is unset."""
+    path = ROOT / name
+    module_name = path.stem.replace("-", "_")
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)  # before it runs: pickle and NamedTuple ask
+        spec.loader.exec_module(sys.modules[module_name])
+    return sys.modules[module_name]
+
+
+def read_json(path: Path) -> dict:
+    """Raises ToolError that names the file, if it is missing or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ToolError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ToolError(f"{path} is no JSON object")
+    return value
+
+
+def read_metrics(run: Path) -> dict[int, dict]:
+    """The fields of metrics.jsonl by step. A resumed run writes some steps again: of a field its last value counts.
+
+    Raises ToolError that names file and line. A last line without its end, of a killed run, is passed over.
+    """
+    path, steps = Path(run, "metrics.jsonl"), {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{run} holds no run: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            steps.setdefault(fields["step"], {}).update(fields)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines) or line.endswith("\n"):
+                raise ToolError(f"{path}, line {number} is not what a run writes: {error!r}") from error
+    return dict(sorted(steps.items()))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of equal width; numbers to the right, all else to the left."""
+    cells = [[str(head) for head in heads]] + [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(heads))]
+    lines = []
+    for row in cells:
+        parts = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def cpu_default() -> None:
+    """Without a GPU tell DeepSpeed so, before it is imported: else it warns of its guess."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
