@@ -122,7 +122,8 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError, safetensors.SafetensorError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
-        print(f"{place}: error: {error}", file=sys.stderr, flush=True)
+        rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
+        print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
     except RuntimeError:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -191,6 +192,8 @@ def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterato
 
 def hub_problem() -> str:
     """Why the Hub sends nothing, or "". Asked first, because huggingface_hub retries for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return "HF_HUB_OFFLINE is set, and the cache lacks it"
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + f"/datasets/{HUB_DATASET}/resolve/main/README.md"
     try:
         urllib.request.urlopen(url, timeout=5).close()
@@ -680,12 +683,18 @@ def load_ds_config(args: Namespace) -> dict:
         if config.get("train_batch_size") == "auto":
             del config["train_batch_size"]
         take_flags(config, args)
+        if config["optimizer"]["type"].lower() == "adagrad" and ZERO_STAGE in (1, 2):
+            raise UserError(
+                "DeepSpeed's stages 1 and 2 make Adagrad anew with one parameter group, and fail at a second"
+            )
         deepspeed.DeepSpeedConfig(config)  # knows the keys and values of sections, and the arithmetic of batches
         zero = config.get("zero_optimization", {})
         if right_script(zero) != f"DeepSpeed-GPTLike-ZeRO-{ZERO_STAGE}.py":
             raise UserError(f"it is for {right_script(zero)}")
     except (UserError, *REFUSALS) as error:
-        raise UserError(f"--ds_config {args.ds_config}: {error or repr(error)}") from error
+        raise UserError(
+            f"--ds_config {args.ds_config} is not what this run can take: {error or repr(error)}"
+        ) from error
     args.zero_stage = zero["stage"]
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
     cpu_adam = ZERO_STAGE == "Offload" and shutil.which("c++")  # DeepSpeedCPUAdam, compiled on first use
@@ -710,7 +719,8 @@ def open_output(ds_config: dict, args: Namespace) -> None:
         probe.touch()
     gather(None)
     shared = gather(probe.exists())
-    if args.local_rank == 0 and not shared[args.rank]:
+    args.first_of_disk = args.rank == 0 or (args.local_rank == 0 and not shared[args.rank])
+    if args.first_of_disk and args.rank > 0:
         claim_output(args)
     if not all(shared):  # then each host keeps all that its own ranks load
         ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
@@ -755,7 +765,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, step: int, args: Namespac
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespace) -> None:
     """All ranks save their shards of mark["step"]; then marks; then all but the two newest marked steps are deleted."""
     root, name = Path(args.output_dir, "checkpoints"), f"step{mark['step']}"
-    if args.local_rank == 0:
+    if args.first_of_disk:
         shutil.rmtree(root / name, ignore_errors=True)  # what a killed run left of this very step
     gather(None)
     try:
@@ -765,9 +775,10 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespa
     gather(None)  # from here on the shards of all ranks are there
     write_json(root / name / f"rank{args.rank}.json", mark)
     gather(None)
-    marked = sorted({int(path.parent.name[4:]) for path in root.glob("step*/rank*.json")})
-    for old in marked[:-2]:
-        shutil.rmtree(root / f"step{old}", ignore_errors=True)
+    if args.first_of_disk:
+        marked = sorted({int(path.parent.name[4:]) for path in root.glob("step*/rank*.json")})
+        for old in marked[:-2]:
+            shutil.rmtree(root / f"step{old}", ignore_errors=True)
 
 
 # endregion checkpoints
@@ -810,13 +821,15 @@ def build_engine(args: Namespace, vocab_size: int, ds_config: dict) -> deepspeed
             config=ds_config,
         )
     except REFUSALS as error:
-        raise UserError(f"DeepSpeed cannot run --ds_config {args.ds_config} here: {error!r}") from error
+        optimizer = ds_config["optimizer"]["type"]
+        raise UserError(f"DeepSpeed cannot run {args.ds_config}, optimizer {optimizer}, here: {error!r}") from error
+    # DeepSpeed's own group of all ranks would wait as long as PyTorch's default says, 10 or 30 minutes.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout), engine.data_parallel_group)
     if args.compile:
         engine.compile()
     return engine
 
 
-@report_to_torchrun
 def main() -> None:
     parser = build_parser()
     parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
@@ -843,7 +856,7 @@ def main() -> None:
         load_checkpoint(engine, step, args)
     if step >= args.max_steps and gather(Path(args.output_dir, "summary.json").exists())[0]:
         return log(f"this run is finished, see {args.output_dir}/summary.json; more --max_steps would go on")
-    if args.local_rank == 0:
+    if args.first_of_disk:
         write_json(Path(args.output_dir, "args.json"), vars(args))
         write_json(Path(args.output_dir, "ds_config.json"), ds_config)
         shutil.copy(__file__, args.output_dir)
@@ -886,4 +899,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    report_to_torchrun(run)(main)  # then torchrun's last words name the rank that failed first

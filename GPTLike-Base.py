@@ -111,7 +111,8 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError, safetensors.SafetensorError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
-        print(f"{place}: error: {error}", file=sys.stderr, flush=True)
+        rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
+        print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
     except RuntimeError:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -180,6 +181,8 @@ def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterato
 
 def hub_problem() -> str:
     """Why the Hub sends nothing, or "". Asked first, because huggingface_hub retries for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return "HF_HUB_OFFLINE is set, and the cache lacks it"
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + f"/datasets/{HUB_DATASET}/resolve/main/README.md"
     try:
         urllib.request.urlopen(url, timeout=5).close()

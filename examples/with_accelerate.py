@@ -12,7 +12,7 @@ import argparse
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
-from common import base, prepare, start
+from shared import base, prepare, start
 
 
 def main(args: argparse.Namespace, config: dict) -> None:

@@ -9,9 +9,9 @@ Run:
 import argparse
 
 import torch
-from common import RANK, RANKS, RANKS_HERE, prepare, start
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from shared import RANK, RANKS, RANKS_HERE, prepare, start
 from torch.utils.data import DataLoader, DistributedSampler
 
 

@@ -8,14 +8,10 @@ Run:
 """
 
 import argparse
-import sys
 
 import torch
-from common import ROOT, prepare, start
+from shared import prepare, start, to_gpt2
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
-
-sys.path.append(str(ROOT / "scripts"))
-from export_hf import to_gpt2
 
 
 def as_gpt2(model: torch.nn.Module, args: argparse.Namespace) -> GPT2LMHeadModel:

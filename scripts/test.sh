@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a green test suite: set-up, ruff, shellcheck, the scripts' shared regions, pytest.
+# From a fresh machine to a green test suite: set-up, ruff, its format, shellcheck, the scripts' shared regions, pytest.
 # Usage: scripts/test.sh [--fast|--all] [PYTEST_ARGS...]
 #   --fast  unit tests, no training runs     --all  everything     neither: all but the long drills
 #   Long options of pytest come after one of these or after --, as in: scripts/test.sh -- --lf
@@ -36,8 +36,9 @@ main() {
   part set-up bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
   export PATH="$PWD/.venv/bin:$PATH"
   part ruff ruff check . || failed+=(ruff)
+  part format ruff format --check . || failed+=(format)
   part shellcheck shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
-  part regions python scripts/sync_regions.py || failed+=(regions)
+  part regions python scripts/dev/sync_regions.py || failed+=(regions)
   part "unit tests" tests "$units" --numprocesses logical --maxprocesses 8 "$@" || failed+=("unit tests")
   [[ -z "$runs" ]] || part "training runs" tests "$runs" "$@" || failed+=("training runs")
   "$matched" || failed+=("no test matches $*")

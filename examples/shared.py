@@ -7,26 +7,43 @@ beside theirs. Everything comes from GPTLike-Base.py; batch, optimizer and preci
 import argparse
 import json
 import os
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "tools"))
+from common import ROOT, cpu_default, load_script
+from export_hf import to_gpt2 as to_gpt2  # for with_trainer.py
+
+cpu_default()
+base = load_script("GPTLike-Base.py")
 DEFAULTS = {"dataset": "wikitext2", "tokenizer": "auto", "n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256}
 DEFAULTS |= {"dropout": 0.1, "max_steps": 100, "seed": 42, "local_rank": 0}
 FIXED = {"warmup_steps": 20, "activation_checkpointing": False}  # as the scripts' defaults
-FIXED |= {"resume": "auto", "overwrite": False, "output_dir": "runs"}  # for their check of the flags alone
 WANTED = set("train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 optimizer".split())
 ADAM = {"lr", "betas", "eps", "weight_decay"}
 RANK, RANKS, RANKS_HERE = (  # by torchrun; here: on this host
     int(os.environ.get(name, alone)) for name, alone in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items()
 )
 
-base = SimpleNamespace(**runpy.run_path(str(ROOT / "GPTLike-Base.py")))
+
+class Samples(torch.utils.data.Dataset):
+    """All samples of the run, in the scripts' order: those of step k are those that the scripts give to step k."""
+
+    def __init__(self, data: torch.utils.data.Dataset, num_samples: int, seed: int):
+        self.data, self.num_samples, self.seed = data, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:  # each (block_size,)
+        epoch, place = divmod(sample, len(self.data))
+        block = base.epoch_order(epoch, len(self.data), self.seed)[place]
+        inputs, targets = self.data[block : block + 1]
+        return inputs[0].cpu(), targets[0].cpu()  # the framework moves them
 
 
 def read_config(path: str) -> dict:
@@ -41,14 +58,14 @@ def read_config(path: str) -> dict:
     return config
 
 
-def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, torch.utils.data.Dataset]:
-    """The model, and the samples of the whole run in the order in which they are to be read."""
+def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Samples]:
+    """The scripts' model with their first weights, and the samples of the whole run."""
+    args.rank = 0  # each rank trains its own bpe:SIZE: GPTLike-Base.py knows no other ranks
     corpus = base.load_corpus(args)
-    blocks = base.TokenizedDataset(corpus.streams["train"], args.block_size)
-    step_blocks = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * RANKS
-    order = base.step_indices(0, len(blocks), global_batch=args.max_steps * step_blocks, seed=args.seed)
+    data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+    global_batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * RANKS
     torch.manual_seed(args.seed)
-    return base.GPTLike(args, corpus.vocab_size), torch.utils.data.Subset(blocks, order)
+    return base.GPTLike(args, corpus.vocab_size), Samples(data, args.max_steps * global_batch, args.seed)
 
 
 def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
@@ -60,9 +77,7 @@ def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="as in the scripts")
     parser.set_defaults(**FIXED)
-    if RANK > 0:
-        parser.error = lambda message: sys.exit(2)  # rank 0 prints it
-    base.check_args(parser, args := parser.parse_args())
+    args = base.parse_args(parser)
     try:
         main(args, read_config(args.ds_config))
     except base.UserError as error:

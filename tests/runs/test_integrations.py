@@ -1,0 +1,85 @@
+"""examples/: the GPT under transformers' Trainer, Accelerate and Lightning, beside our own script on the same JSON.
+
+And TensorBoard's files of a run, which are the live view of it.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = [ROOT / "examples" / f"with_{name}.py" for name in ("trainer", "accelerate", "lightning")]
+STEPS = 8
+TINY = f"""--dataset sample --tokenizer bpe:300 --n_layer 1 --n_head 2 --d_model 32 --block_size 32 --dropout 0
+    --max_steps {STEPS} --ds_config ds.json""".split()
+
+
+def launch(folder: Path, *words: object, ranks: int = 2) -> subprocess.CompletedProcess:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port, *words]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, cwd=folder, env=env)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of ZeRO-2 in fp32, with the monitors of configs/monitoring/."""
+    folder = tmp_path_factory.mktemp("ours")
+    config = json.loads((ROOT / "configs" / "monitoring" / "zero2_monitors.json").read_text())
+    (folder / "ds.json").write_text(json.dumps(config | {"bf16": {"enabled": False}}))
+    script = ROOT / "DeepSpeed-GPTLike-ZeRO-2.py"
+    done = launch(folder, script, *TINY, "--log_interval", 1, "--output_dir", "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def our_series(folder: Path, field: str) -> list[float]:
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [line[field] for line in lines if field in line]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_has_the_losses_of_our_script(ours, tmp_path, example):
+    """Same weights, same samples, same learning rate; it prints four digits."""
+    config = json.loads((ROOT / "configs" / "zero2.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(config | {"bf16": {"enabled": False}}))
+    done = launch(tmp_path, example, *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^step=(\d+) loss=(\d+\.\d{4})$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in found] == list(range(1, STEPS + 1)), done.stdout
+    losses = our_series(ours, "loss")
+    assert [float(loss) for _, loss in found] == pytest.approx(losses, abs=1.5e-4)
+    assert losses[0] - losses[-1] > 1e-3  # it learns: any two runs that stand still would agree
+
+
+def test_tensorboard_and_csv_show_the_run(ours):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(ours / "runs" / "monitors" / "tensorboard"))
+    events.Reload()
+    points = {event.step: event.value for event in events.Scalars("Train/Samples/lr")}
+    assert list(points) == [step * 8 * 2 for step in range(1, STEPS + 1)]  # samples seen: micro batch times ranks
+    # A line of metrics.jsonl has the rate that its step was made with, DeepSpeed's event the one of the step after.
+    assert list(points.values())[:-1] == pytest.approx(our_series(ours, "lr")[1:], rel=1e-6)
+    assert (ours / "runs" / "monitors" / "csv" / "Train_Samples_lr.csv").is_file()
+
+
+def test_bad_input_is_one_message():
+    cases = {
+        "--ds_config none.json": (1, "error: --ds_config none.json holds no settings: "),
+        "--n_head 5": (2, "error: --d_model 768 is not a multiple of --n_head 5"),
+        "--max 3": (2, "error: unrecognized arguments: --max 3"),
+    }
+    for words, (code, message) in cases.items():
+        command = [sys.executable, EXAMPLES[1], *words.split()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

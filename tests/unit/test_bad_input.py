@@ -1,0 +1,149 @@
+"""Wrong flags end in usage and exit code 2; a wrong file, JSON or folder in one message that names it."""
+
+import json
+import re
+
+import pytest
+from conftest import BASE, MULTIHOSTS, OFFLOAD, ROOT, ZERO1, ZERO2, ZERO3, load_script, script_args
+
+FLAGS = [
+    ("--n_layer 0", "--n_layer: 0 is not from 1"),
+    ("--d_model x", "--d_model: invalid number value: 'x'"),
+    ("--d_model 100 --n_head 12", "--d_model 100 is not a multiple of --n_head 12"),
+    ("--dropout 1", "--dropout: 1 is not from 0 to below 1"),
+    ("--dropout nan", "--dropout: nan is not"),
+    ("--lr 0", "--lr: 0 is not from"),
+    ("--lr inf", "--lr: inf is not"),
+    ("--weight_decay -1", "--weight_decay: -1 is not"),
+    ("--batch_size -4", "--batch_size: -4 is not"),
+    ("--max_steps 1.5", "--max_steps: invalid number value: '1.5'"),
+    ("--seed -1", "--seed: -1 is not"),
+    ("--log_interval 0", "--log_interval: 0 is not"),
+    ("--timeout 0", "--timeout: 0 is not"),
+    ("--precision int8", "--precision: invalid choice: 'int8'"),
+    ("--resume yes", "--resume: invalid choice: 'yes'"),
+    ("--n_layers 2", "unrecognized arguments: --n_layers 2"),
+    ("--epochs 99999999999", "--epochs: 99999999999 is not from 1 to below 2147483648"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), FLAGS)
+def test_flags(words, message, capsys, monkeypatch):
+    script = load_script(BASE)
+    monkeypatch.setattr("sys.argv", ["GPTLike-Base.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(script.build_parser())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def config(**changes: object) -> str:
+    return json.dumps(json.loads((ROOT / "configs" / "zero1.json").read_text()) | changes)
+
+
+AUTO = config(
+    train_batch_size="auto",
+    train_micro_batch_size_per_gpu="auto",
+    gradient_accumulation_steps="auto",
+    gradient_clipping="auto",
+    optimizer={"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    bf16={"enabled": "auto"},
+    fp16={"enabled": "auto"},
+    zero_optimization={"stage": 1, "reduce_bucket_size": "auto"},
+)
+REFUSED = [
+    (ZERO1, "{ nonsense", "Bad key name"),
+    (ZERO1, "[1]", "is not what this run can take: 'list' object has no attribute"),
+    (ZERO1, "", "it is for GPTLike-Base.py, which takes no JSON"),
+    (
+        ZERO1,
+        config(zero_optimisation={}),
+        r"unknown key zero_optimisation; did you mean one of \['zero_optimization'\]",
+    ),
+    (
+        ZERO1,
+        config(zero_optimization={"stage": 1, "reduce_bucket": 5}),
+        "reduce_bucket.*Extra inputs are not permitted",
+    ),
+    (ZERO1, config(zero_optimization={"stage": "one"}), "stage\n  Input should be 0, 1, 2, 3"),
+    (ZERO1, config(zero_optimization=3), "must be a mapping, not int"),
+    (ZERO1, config(optimizer=5), "is not what this run can take: 'int' object"),
+    (ZERO1, config(bf16={"enabled": "maybe"}), "enabled\n  Input should be a valid boolean"),
+    (ZERO1, config(train_batch_size=7), "train_batch_size is not equal to micro_batch_per_gpu .* 7 != 8"),
+    (ZERO1, config(train_micro_batch_size_per_gpu=0), "Train batch size: 0 has to be greater than 0"),
+    (ZERO1, config(optimizer={"type": "Adagrad", "params": {}}), "Adagrad anew with one parameter group"),
+    (ZERO1, config(zero_optimization={"stage": 2}), "it is for DeepSpeed-GPTLike-ZeRO-2.py"),
+    (ZERO2, config(zero_optimization={"stage": 3}), "it is for DeepSpeed-GPTLike-ZeRO-3.py"),
+    (ZERO3, config(zero_optimization={"stage": 1}), "it is for DeepSpeed-GPTLike-ZeRO-1.py"),
+    (MULTIHOSTS, config(zero_optimization={"stage": 1}), "it is for DeepSpeed-GPTLike-ZeRO-1.py"),
+    (OFFLOAD, config(), "it is for DeepSpeed-GPTLike-ZeRO-1.py"),
+    (
+        ZERO2,
+        config(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}}),
+        "it is for DeepSpeed-GPTLike-ZeRO-Offload.py",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), REFUSED)
+def test_json(name, text, message, tmp_path):
+    script = load_script(name)
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    args = script_args(script)
+    args.ds_config = str(path)
+    with pytest.raises(script.UserError) as error:
+        script.load_ds_config(args)
+    assert str(path) in str(error.value)
+    assert re.search(message, str(error.value), re.DOTALL)
+
+
+def test_missing_json():
+    script = load_script(ZERO1)
+    args = script_args(script)
+    args.ds_config = "nowhere.json"
+    with pytest.raises(script.UserError, match="nowhere.json.*No such file"):
+        script.load_ds_config(args)
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "more needs stage 3"),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "more needs stage 3"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}, "nvme_path /nowhere is no folder"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path None is no folder"),
+    ],
+)
+def test_offload(zero, message):
+    script = load_script(OFFLOAD)
+    with pytest.raises(script.UserError, match=message):
+        script.check_offload(zero, "ds.json")
+
+
+DATA = [
+    ({}, "", "write wikitext2, sample, or a folder"),
+    ({"train.csv": "x"}, "", "write wikitext2, sample, or a folder"),
+    ({"train.txt": "a b\n" * 99}, "", "validation has too few tokens"),
+    ({"train.txt": "a b\n" * 99, "valid.jsonl": '{"text": "x"}'}, "", "in one of"),
+    ({"train.txt": "a b\n" * 99, "valid.txt": "a\n"}, "", "validation has too few tokens for --block_size 256"),
+    ({"train.txt": "a b\n" * 99, "valid.txt": b"\xff\xfe\x00"}, "", "UnicodeDecodeError"),
+    ({"train.txt": "", "valid.txt": ""}, "", "cannot read --dataset"),
+    ({"train.jsonl": '{"body": "x"}', "valid.jsonl": '{"body": "x"}'}, "", "cannot read --dataset .*text"),
+    ({"train.jsonl": "{", "valid.jsonl": "{"}, "", "cannot read --dataset"),
+    ({"train.parquet": "no", "valid.parquet": "no"}, "", "cannot read --dataset"),
+    ({"train.txt": "a b\n" * 99, "valid.txt": "a b\n" * 99}, "--tokenizer bpe:many", "invalid literal.*many"),
+    ({"train.txt": "a b\n" * 99, "valid.txt": "a b\n" * 99}, "--tokenizer .", "cannot read --dataset .* --tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("files", "flags", "message"), DATA)
+def test_data(files, flags, message, tmp_path, monkeypatch):
+    script = load_script(BASE)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = f"--dataset {tmp_path} --tokenizer bpe:300 {flags}".split()
+    with pytest.raises(script.UserError) as error:
+        script.load_corpus(script_args(script, *words))
+    assert re.search(message, str(error.value), re.DOTALL)
+    assert str(tmp_path) in str(error.value)

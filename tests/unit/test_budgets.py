@@ -1,0 +1,58 @@
+"""A lesson script is read in one sitting: it may not grow. Its loop stands flat in main(), with the calls in it."""
+
+import difflib
+import io
+import re
+import tokenize
+
+import pytest
+from conftest import BASE, MULTIHOSTS, OFFLOAD, ROOT, ZERO1, ZERO2, ZERO3
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+BUDGETS = {  # physical lines, tokens without comments and layout
+    BASE: (680, 5_600),
+    ZERO1: (890, 7_000),
+    ZERO2: (890, 7_000),
+    ZERO3: (890, 7_000),
+    OFFLOAD: (910, 7_200),
+    MULTIHOSTS: (910, 7_200),
+}
+
+
+def code_lines(text: str) -> list[str]:
+    """Lines that hold more than white space, a comment or a docstring."""
+    text = re.sub(r'^\s*""".*?"""\n', "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_lines_and_tokens(name):
+    text = (ROOT / name).read_text()
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in LAYOUT]
+    lines = text.count("\n")
+    assert (lines, len(tokens)) <= BUDGETS[name] and lines <= BUDGETS[name][0] and len(tokens) <= BUDGETS[name][1]
+    assert not re.search(r"fmt: (skip|off)", text) and ";" not in "".join(
+        t.string for t in tokens if t.type == tokenize.OP
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "most"),
+    [(BASE, ZERO1, 300), (ZERO1, ZERO2, 15), (ZERO2, ZERO3, 40), (ZERO3, OFFLOAD, 70), (ZERO2, MULTIHOSTS, 90)],
+)
+def test_neighbours_differ_by_the_lesson(before, after, most):
+    lines = [code_lines((ROOT / name).read_text()) for name in (before, after)]
+    changed = [line for line in difflib.unified_diff(*lines, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(changed) <= most
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_loop_stands_in_main_with_its_calls(name):
+    text = (ROOT / name).read_text()
+    main = text[text.index("\ndef main()") :]
+    loop = main[main.index("    while step < args.max_steps:\n") : main.index("    bar.close()\n")]
+    calls = ["model(inputs, targets)", ".backward()", "clip_grad_norm_(", "optimizer.step()"]
+    if name != BASE:
+        calls = ["engine(inputs, targets)", "engine.backward(", "engine.step()"]
+    assert all(call in loop for call in calls)
+    assert loop.count("\n") <= 60
