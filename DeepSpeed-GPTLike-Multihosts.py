@@ -63,7 +63,7 @@ class UserError(Exception):
 
 
 def build_parser() -> ArgumentParser:
-    """The flags of all six scripts. Those that the JSON knows too have no default here: left out, the JSON's holds."""
+    """The flags that all six scripts have. Those that stand in the JSON, too, have no default here."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def add(name: str, default: object, text: str, kind: type = int, low: float = 1, high: float = 2**31) -> None:
@@ -119,10 +119,9 @@ def run(main: Callable[[], None]) -> None:
     place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
     try:
         main()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads can abort an interpreter that takes its time to end
+        os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
     except (UserError, OSError, safetensors.SafetensorError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not catch_signals(): a launcher may end this rank now
         time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
         rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
         print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
@@ -138,7 +137,7 @@ def run(main: Callable[[], None]) -> None:
 
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
-FORMATS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
+FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 WAYS_OUT = """Ways out:
   mirror   export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
@@ -155,12 +154,14 @@ class Corpus(NamedTuple):
 class TokenizedDataset(torch.utils.data.Dataset):
     """Blocks of block_size inputs, with the same tokens shifted by one as targets.
 
-    A last block that is not full is left out. With pad_to it is filled up with targets of -100, which no loss counts,
-    and so are further blocks up to a multiple of pad_to.
+    A last block that is not full is left out. With pad_to, targets of -100, which no loss counts, fill it up and make
+    more blocks, so that their number is a multiple of pad_to.
     """
 
     def __init__(self, stream: Tensor, block_size: int, pad_to: int = 0):
-        missing = -(len(stream) - 1) % (block_size * pad_to) if pad_to else 0
+        missing = 0
+        if pad_to:
+            missing = -(len(stream) - 1) % (block_size * pad_to)
         self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ class TokenizedDataset(torch.utils.data.Dataset):
         return blocks[:, :-1].clamp_min(0), blocks[:, 1:]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # drawn once an epoch; a step touches two at most
 def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
     return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
@@ -181,8 +182,8 @@ def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
 def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterator:
     """This rank's (inputs, targets) of one optimizer step, each (micro batch, block_size).
 
-    The samples of a step depend on seed and step alone: any number of ranks and any micro batch sees the same ones,
-    and a resumed run goes on in the middle of an epoch.
+    For one global batch, the samples of a step depend on seed and step alone, however many ranks and micro batches
+    share them; and a resumed run goes on in the middle of an epoch.
     """
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
@@ -206,8 +207,8 @@ def hub_problem() -> str:
 
 
 def load_rows(dataset: str) -> dict:
-    """A Dataset with a column "text" for each split; joined, its rows are the split. Never one source for another."""
-    import datasets
+    """A Dataset with a column "text" for each split; joined, its rows are the split. No silent fallback."""
+    import datasets  # not before hub_problem() has been asked
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -218,9 +219,9 @@ def load_rows(dataset: str) -> dict:
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
-    formats = {FORMATS[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FORMATS}
+    formats = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
     if len(formats) != 1:
-        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FORMATS]}")
+        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FILE_TYPES]}")
     if formats == {"text"}:  # -sig: a byte-order mark is no text
         return datasets.load_dataset("text", data_dir=dataset, keep_linebreaks=True, encoding="utf-8-sig")
     return datasets.load_dataset(formats.pop(), data_dir=dataset)
@@ -245,7 +246,8 @@ def load_corpus(args: Namespace) -> Corpus:
     """The same token streams on every rank. `datasets` caches them by content and shares them within a host."""
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
-    problem = hub_problem() if "wikitext2" in args.dataset or name == "gpt2" else ""
+    local = name.startswith("bpe:") or os.path.isdir(name)
+    problem = "" if local and args.dataset != "wikitext2" else hub_problem()
     from datasets.exceptions import DatasetsError
 
     try:
@@ -253,25 +255,24 @@ def load_corpus(args: Namespace) -> Corpus:
         tokenizer = load_tokenizer(name, rows["train"]["text"], args)
 
         def encode(batch: dict) -> dict:
-            # A row ends with a line break; WikiText's rows lack the " \n" of blank lines.
+            # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
             texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
             return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
         streams = {}
-        for split in ("train", "validation", "test"):
-            if split in rows:
-                table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
-                ids = table.column("ids").combine_chunks().flatten().to_numpy()
-                streams[split] = torch.tensor(ids, dtype=torch.int32)
-            if split != "test" and len(streams.get(split, ())) <= args.block_size:
+        for split in ("train", "validation", "test") if "test" in rows else ("train", "validation"):
+            table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
+            ids = table.column("ids").combine_chunks().flatten().to_numpy()
+            streams[split] = torch.tensor(ids, dtype=torch.int32)
+            if len(ids) <= args.block_size:
                 raise UserError(
-                    f"--dataset {args.dataset}: {split} has too few tokens for --block_size {args.block_size}"
+                    f"{args.dataset}, {split}: {len(ids)} tokens are too few for --block_size {args.block_size}"
                 )
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         if problem:
             raise UserError(f"the Hugging Face Hub does not answer ({problem}). {WAYS_OUT}") from error
-        reason = error.__cause__ or error
-        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason!r}") from error
+        reason = f"{error.__cause__ or error!r}. It needs train* and valid* with text, or lines with a field text"
+        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason}") from error
     return Corpus(streams, tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -328,15 +329,17 @@ class GPTLike(nn.Module):
         blocks = [TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in blocks:
-            block.attention.projection.std = block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
-        self.apply(self.initialize)  # DeepSpeed's zero.Init gathers for apply(); a loop would see empty tensors
+        for block in blocks:  # the layers that add to the residual stream; initialize() reads std
+            block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
+            block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
+        torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
+        self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
         self.head = nn.Linear(args.d_model, rows, bias=False)
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
     def initialize(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            drawn = torch.empty(module.weight.shape, device="cpu")  # the same numbers for every kind of device
+            drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
@@ -385,7 +388,7 @@ PEAK_TFLOPS = {  # dense, 16 bit; names as torch.cuda.get_device_name() gives th
     "NVIDIA GeForce RTX 4090 D": 147,
     "NVIDIA GeForce RTX 3090": 71,
 }
-FORMAT = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
 def log(message: str) -> None:
@@ -395,8 +398,8 @@ def log(message: str) -> None:
 
 
 def record(fields: dict, args: Namespace) -> None:
-    """A line on the screen, and the same as JSON in metrics.jsonl, where of a repeated step the last line counts."""
-    log(" ".join(f"{name}={value:{FORMAT.get(name, '.4f')}}" for name, value in fields.items()))
+    """A line on the screen and in metrics.jsonl. A resumed run may repeat steps there: a step's last line counts."""
+    log(" ".join(f"{name}={value:{NUMBER_FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
     if args.rank == 0:
         with open(f"{args.output_dir}/metrics.jsonl", "a") as file:
             file.write(json.dumps(fields) + "\n")
@@ -407,9 +410,8 @@ def device_name() -> str:
 
 
 def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
-    log(
-        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
-    )
+    script, ranks = Path(__file__).name, args.world_size
+    log(f"{script}: ZeRO stage {args.zero_stage}, world size {ranks}, precision {args.precision}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     for place in gather(f"{socket.gethostname()}: {device_name()}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
         log(f"  a rank on {place}")
@@ -417,7 +419,7 @@ def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
     log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {num_params:,} parameters")
 
 
-def meet(loss: Tensor, grad_norm: float, caught: list, args: Namespace) -> tuple[float, bool]:
+def average_and_check(loss: Tensor, grad_norm: float | Tensor, caught: list, args: Namespace) -> tuple[float, bool]:
     """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device.
 
     Raises UserError where loss or gradients are no numbers; fp16 skips such steps by itself.
@@ -448,16 +450,16 @@ def speed(tokens_per_second: float, num_params: int, args: Namespace) -> dict:
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> dict:
     """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
-    stream, passes = corpus.streams[split], args.batch_size * args.world_size
-    data = TokenizedDataset(stream, args.block_size, pad_to=passes)  # as many for every rank: ZeRO-3 waits for each
+    stream, stride = corpus.streams[split], args.batch_size * args.world_size
+    data = TokenizedDataset(stream, args.block_size, pad_to=stride)  # the same number of passes for all ranks
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
     model.eval()
-    for first in range(args.rank * args.batch_size, len(data), passes):
+    for first in range(args.rank * args.batch_size, len(data), stride):
         inputs, targets = data[first : first + args.batch_size]
         count = (targets != -100).sum()
-        nats += torch.where(count > 0, model(inputs, targets) * count, 0)
+        nats += torch.where(count > 0, model(inputs, targets) * count, 0)  # a mean over no targets is no number
     model.train()
-    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream)
+    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     return {
         f"{split}_loss": nats / (len(stream) - 1),
         f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
@@ -481,7 +483,7 @@ def show_ledger(kinds: dict[str, list], num_params: int, args: Namespace) -> dic
         ("gradients_and_buckets", width, 2),
     ):
         formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds[kind] + (rest if stage == 2 else []):
+        for tensor in kinds[kind] + (rest if kind == "gradients_and_buckets" else []):
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and not tensor.is_meta and memory.data_ptr() not in counted:
                 counted.add(memory.data_ptr())
@@ -509,6 +511,7 @@ def claim_output(args: Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     try:
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The descriptor stays open on purpose: the lock goes with it.
     except BlockingIOError as error:
         raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     holds_run = (output / "args.json").exists()
@@ -522,9 +525,8 @@ def claim_output(args: Namespace) -> None:
 
 def settings(corpus: Corpus, args: Namespace) -> dict:
     """What has to be the same in a checkpoint and in the run that continues it."""
-    names = (
-        "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
-    )
+    names = "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps "
+    names += "zero_stage world_size lr weight_decay warmup_steps dropout"
     digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
     return {name: getattr(args, name) for name in names.split()} | {"data and tokenizer": digest}
 
@@ -539,9 +541,9 @@ def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, arg
     """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
     fields = {"step": step} | evaluate(model, corpus, "validation", args)
     record(fields, args)
-    if best and best["validation_loss"] <= fields["validation_loss"]:
+    if best and not fields["validation_loss"] < best["validation_loss"]:
         return best
-    weights = full_weights(model)
+    weights = full_weights(model)  # on all ranks: ZeRO-3 gathers them together
     if args.rank == 0:
         folder = Path(args.output_dir, "model")
         folder.mkdir(exist_ok=True)
@@ -599,7 +601,7 @@ def start_distributed(args: Namespace) -> None:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     deepspeed.utils.set_log_level_from_string("warning")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # calls of DeepSpeed
-    torch.zeros(1).exp()  # MKL's first call by one thread: of two at once one may take numbers that are 1e-4 off
+    torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     try:
         args.rank, args.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         args.device = f"cuda:{args.local_rank}" if torch.cuda.is_available() else "cpu"
@@ -612,7 +614,7 @@ def start_distributed(args: Namespace) -> None:
     except (RuntimeError, ValueError) as error:
         names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UserError(f"the ranks did not meet ({where}): {str(error).splitlines()[0]}. {NO_MEETING}") from error
+        raise UserError(f"cannot join the other ranks ({where}): {error}. {NO_MEETING}") from error
     args.world_size = dist.get_world_size()
 
 
@@ -628,8 +630,9 @@ TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_acc
     elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
 ADAMW = {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 AUTO = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 10_000_000, "gradient_clipping": 1.0}
+AUTO |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
 REFUSALS = (OSError, AssertionError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-REFUSALS += (ValueError, deepspeed.runtime.config.DeepSpeedConfigError)  # all that DeepSpeed raises for a setting
+REFUSALS += (ValueError, deepspeed.runtime.config.DeepSpeedConfigError)  # what DeepSpeed raises for wrong settings
 
 
 def replace_auto(section: dict, numbers: dict) -> None:
@@ -643,7 +646,7 @@ def replace_auto(section: dict, numbers: dict) -> None:
 
 
 def take_flags(config: dict, args: Namespace) -> None:
-    """Flags that were given win over the JSON's numbers; flags that were not take them."""
+    """Flags that were given win over the JSON's numbers. Flags left out take the JSON's."""
     total, accumulation = config.get("train_batch_size", 1), config.get("gradient_accumulation_steps", 1)
     params = config["optimizer"].setdefault("params", {})
     for flag, section, key, default in (
@@ -674,33 +677,32 @@ def right_script(zero: dict) -> str:
 
 def load_ds_config(args: Namespace) -> dict:
     """DeepSpeed's settings: the JSON's, with the flags that were given and with numbers for "auto"."""
+    source = f"--ds_config {args.ds_config}"
     try:
         config = hjson.loads(Path(args.ds_config).read_text())  # as DeepSpeed reads it: comments are legal
-        for key in sorted(config.keys() - TOP_LEVEL_KEYS):  # at the top, and only there, DeepSpeed ignores them
-            raise UserError(f"unknown key {key}; did you mean one of {difflib.get_close_matches(key, TOP_LEVEL_KEYS)}?")
+        unknown = sorted(config.keys() - TOP_LEVEL_KEYS)  # at the top, and only there, DeepSpeed ignores them
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], TOP_LEVEL_KEYS)
+            raise UserError(f"{source}: unknown key {unknown[0]}{'; did you mean ' + near[0] if near else ''}")
         config.setdefault("optimizer", {"type": "AdamW", "params": dict(ADAMW)})
-        warmup = {"warmup_min_lr": 0.0, "warmup_max_lr": args.lr or ADAMW["lr"], "warmup_num_steps": args.warmup_steps}
-        batch = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
-        replace_auto(config, ADAMW | AUTO | warmup | batch)
+        replace_auto(config, ADAMW | AUTO)
         if config.get("train_batch_size") == "auto":
             del config["train_batch_size"]
         take_flags(config, args)
-        if config["optimizer"]["type"].lower() == "adagrad" and ZERO_STAGE in (1, 2):
-            raise UserError(
-                "DeepSpeed's stages 1 and 2 make Adagrad anew with one parameter group, and fail at a second"
-            )
+        replace_auto(config, {"warmup_min_lr": 0, "warmup_max_lr": args.lr, "warmup_num_steps": args.warmup_steps})
         deepspeed.DeepSpeedConfig(config)  # knows the keys and values of sections, and the arithmetic of batches
-        zero = config.get("zero_optimization", {})
-        if right_script(zero) != f"DeepSpeed-GPTLike-ZeRO-{ZERO_STAGE}.py":
-            raise UserError(f"it is for {right_script(zero)}")
-    except (UserError, *REFUSALS) as error:
-        raise UserError(
-            f"--ds_config {args.ds_config} is not what this run can take: {error or repr(error)}"
-        ) from error
+        zero, optimizer = config.get("zero_optimization", {}), config["optimizer"]["type"].lower()
+        right = right_script(zero)
+    except REFUSALS as error:
+        raise UserError(f"{source} is not what this run can take: {error!r}") from error
+    if right != f"DeepSpeed-GPTLike-ZeRO-{ZERO_STAGE}.py":
+        raise UserError(f"{source} is for {right}")
+    if optimizer == "adagrad" and zero["stage"] < 3:
+        raise UserError(f"{source}: DeepSpeed's stages 1 and 2 lose a second parameter group of Adagrad")
     args.zero_stage = zero["stage"]
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
-    cpu_adam = ZERO_STAGE == "Offload" and shutil.which("c++")  # DeepSpeedCPUAdam, compiled on first use
-    if config["optimizer"]["type"].lower() in ("adam", "adamw") and not cpu_adam:
+    cpu_adam = "Offload" in right and shutil.which("c++")  # DeepSpeedCPUAdam, compiled on first use
+    if optimizer in ("adam", "adamw") and not cpu_adam:
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # the same; DeepSpeed's own needs nvcc
     return config
 
@@ -740,12 +742,12 @@ def newest_step(now: dict, args: Namespace) -> dict:
     shards = [folder.name for folder in folders if any(folder.glob(SHARD.format(args.rank)))]
     mine = [json.loads(path.read_text()) for folder in folders for path in folder.glob("rank*.json")]
     found = gather((socket.gethostname(), shards, mine))
-    marks = {f"step{mark['step']}": mark for _, _, marks in found for mark in marks}
+    marks = {f"step{mark['step']}": mark for _, _, theirs in found for mark in theirs}
     for mark in marks.values():
         check_settings(mark["settings"], now)
-    whole = [mark for name, mark in marks.items() if all(name in shards for _, shards, _ in found)]
+    whole = [mark for name, mark in marks.items() if all(name in theirs for _, theirs, _ in found)]
     if marks and not whole:
-        held = "; ".join(f"rank {i} on {host}: {shards}" for i, (host, shards, _) in enumerate(found))
+        held = "; ".join(f"rank {i} on {host}: {theirs}" for i, (host, theirs, _) in enumerate(found))
         way_out = "bring files back, or start afresh with --overwrite or another --output_dir"
         raise UserError(f"no step in {args.output_dir} is whole on every rank. {held}. To go on, {way_out}")
     return max(whole, key=lambda mark: mark["step"], default={"step": 0, "best": None})
@@ -756,9 +758,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, step: int, args: Namespac
     try:
         path, _ = engine.load_checkpoint(folder, tag=f"step{step}")  # the same on all ranks, not each host's `latest`
     except REFUSALS as error:
-        raise UserError(
-            f"cannot load {folder}/step{step}: {error!r}. Delete it to go on from the one before"
-        ) from error
+        raise UserError(f"cannot load {folder}/step{step}: {error!r}. Without it the one before serves") from error
     if None in gather(path):
         raise UserError(f"cannot load {folder}/step{step}: see DeepSpeed's warning above")
     log(f"resumed from step {step} of {args.output_dir}")
@@ -794,7 +794,7 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> dict[str, list]:
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return {"parameters": weights, "optimizer_states": [*states, *moments], "gradients_and_buckets": gradients}
+    return {"parameters": weights, "optimizer_states": list(states) + moments, "gradients_and_buckets": gradients}
 
 
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
@@ -805,7 +805,10 @@ def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 def build_engine(args: Namespace, vocab_size: int, ds_config: dict) -> deepspeed.DeepSpeedEngine:
     """The model in an engine that owns optimizer, precision, clipping, accumulation and the ranks' communication."""
-    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: lr_factor(step, args))
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, args))
+
     try:
         model = GPTLike(args, vocab_size)
         # ZeRO-2: the JSON's "stage": 2 has the engine keep this rank's share of the gradients, too.
@@ -859,7 +862,6 @@ def main() -> None:
     replace_auto(ds_config, {"total_num_steps": args.max_steps})
     open_output(ds_config, args)
 
-    torch.manual_seed(args.seed)
     engine = build_engine(args, corpus.vocab_size, ds_config)
     num_params = sum(weight.numel() for weight in engine.module.parameters())
     show_start(num_params, corpus, args)
@@ -876,10 +878,12 @@ def main() -> None:
         write_json(Path(args.output_dir, "args.json"), vars(args))
         write_json(Path(args.output_dir, "ds_config.json"), ds_config)
         shutil.copy(__file__, args.output_dir)
+        Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
 
     caught, ledger = catch_signals(), {}
-    bar = tqdm(total=args.max_steps, initial=step, unit="step", disable=None if args.rank == 0 else True)
-    first_step, logged_step, clock = step, step, time.perf_counter()
+    hidden = None if args.rank == 0 else True  # None: unless there is a terminal
+    bar = tqdm(total=args.max_steps, initial=step, unit="step", disable=hidden)
+    first_step, clock_step, clock = step, step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
@@ -887,7 +891,7 @@ def main() -> None:
             micro_loss = engine(inputs, targets)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / args.gradient_accumulation_steps
-            if step == first_step + 1:
+            if step == first_step + 1 and engine.is_gradient_accumulation_boundary():
                 ledger = show_ledger(model_states(engine), num_params, args)
             engine.step()  # after the last micro batch it steps the optimizer, before that it only counts
         step += 1
@@ -897,9 +901,9 @@ def main() -> None:
         log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
-        loss, stopping = meet(loss, engine.get_global_grad_norm() or 0.0, caught, args)
+        loss, stopping = average_and_check(loss, engine.get_global_grad_norm() or 0.0, caught, args)
         if log_due:
-            rate = global_batch * args.block_size * (step - logged_step) / (time.perf_counter() - clock)
+            rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
             record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
         if eval_due:
             best = validate(engine, step, best, corpus, args)
@@ -907,8 +911,8 @@ def main() -> None:
             save_checkpoint(engine, {"step": step, "best": best, "settings": run_settings}, args)
         if stopping:
             log(f"stopped by a signal: step {step} is saved, the same command continues")
-            os._exit(128 + (caught or [signal.SIGTERM])[0])
-        logged_step, clock = step, time.perf_counter()
+            os._exit(128 + (caught or [signal.SIGTERM])[0])  # it may be another rank that caught one
+        clock_step, clock = step, time.perf_counter()
     bar.close()
     finish(engine, {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}, corpus, args)
     dist.destroy_process_group()

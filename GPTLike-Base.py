@@ -50,7 +50,7 @@ class UserError(Exception):
 
 
 def build_parser() -> ArgumentParser:
-    """The flags of all six scripts. Those that the JSON knows too have no default here: left out, the JSON's holds."""
+    """The flags that all six scripts have. Those that stand in the JSON, too, have no default here."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def add(name: str, default: object, text: str, kind: type = int, low: float = 1, high: float = 2**31) -> None:
@@ -106,10 +106,9 @@ def run(main: Callable[[], None]) -> None:
     place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
     try:
         main()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads can abort an interpreter that takes its time to end
+        os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
     except (UserError, OSError, safetensors.SafetensorError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not catch_signals(): a launcher may end this rank now
         time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
         rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
         print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
@@ -125,7 +124,7 @@ def run(main: Callable[[], None]) -> None:
 
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
-FORMATS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
+FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 WAYS_OUT = """Ways out:
   mirror   export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
@@ -142,12 +141,14 @@ class Corpus(NamedTuple):
 class TokenizedDataset(torch.utils.data.Dataset):
     """Blocks of block_size inputs, with the same tokens shifted by one as targets.
 
-    A last block that is not full is left out. With pad_to it is filled up with targets of -100, which no loss counts,
-    and so are further blocks up to a multiple of pad_to.
+    A last block that is not full is left out. With pad_to, targets of -100, which no loss counts, fill it up and make
+    more blocks, so that their number is a multiple of pad_to.
     """
 
     def __init__(self, stream: Tensor, block_size: int, pad_to: int = 0):
-        missing = -(len(stream) - 1) % (block_size * pad_to) if pad_to else 0
+        missing = 0
+        if pad_to:
+            missing = -(len(stream) - 1) % (block_size * pad_to)
         self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
 
     def __len__(self) -> int:
@@ -160,7 +161,7 @@ class TokenizedDataset(torch.utils.data.Dataset):
         return blocks[:, :-1].clamp_min(0), blocks[:, 1:]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # drawn once an epoch; a step touches two at most
 def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
     return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
@@ -168,8 +169,8 @@ def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
 def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterator:
     """This rank's (inputs, targets) of one optimizer step, each (micro batch, block_size).
 
-    The samples of a step depend on seed and step alone: any number of ranks and any micro batch sees the same ones,
-    and a resumed run goes on in the middle of an epoch.
+    For one global batch, the samples of a step depend on seed and step alone, however many ranks and micro batches
+    share them; and a resumed run goes on in the middle of an epoch.
     """
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
@@ -193,8 +194,8 @@ def hub_problem() -> str:
 
 
 def load_rows(dataset: str) -> dict:
-    """A Dataset with a column "text" for each split; joined, its rows are the split. Never one source for another."""
-    import datasets
+    """A Dataset with a column "text" for each split; joined, its rows are the split. No silent fallback."""
+    import datasets  # not before hub_problem() has been asked
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -205,9 +206,9 @@ def load_rows(dataset: str) -> dict:
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
-    formats = {FORMATS[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FORMATS}
+    formats = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
     if len(formats) != 1:
-        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FORMATS]}")
+        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FILE_TYPES]}")
     if formats == {"text"}:  # -sig: a byte-order mark is no text
         return datasets.load_dataset("text", data_dir=dataset, keep_linebreaks=True, encoding="utf-8-sig")
     return datasets.load_dataset(formats.pop(), data_dir=dataset)
@@ -232,7 +233,8 @@ def load_corpus(args: Namespace) -> Corpus:
     """The same token streams on every rank. `datasets` caches them by content and shares them within a host."""
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
-    problem = hub_problem() if "wikitext2" in args.dataset or name == "gpt2" else ""
+    local = name.startswith("bpe:") or os.path.isdir(name)
+    problem = "" if local and args.dataset != "wikitext2" else hub_problem()
     from datasets.exceptions import DatasetsError
 
     try:
@@ -240,25 +242,24 @@ def load_corpus(args: Namespace) -> Corpus:
         tokenizer = load_tokenizer(name, rows["train"]["text"], args)
 
         def encode(batch: dict) -> dict:
-            # A row ends with a line break; WikiText's rows lack the " \n" of blank lines.
+            # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
             texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
             return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
         streams = {}
-        for split in ("train", "validation", "test"):
-            if split in rows:
-                table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
-                ids = table.column("ids").combine_chunks().flatten().to_numpy()
-                streams[split] = torch.tensor(ids, dtype=torch.int32)
-            if split != "test" and len(streams.get(split, ())) <= args.block_size:
+        for split in ("train", "validation", "test") if "test" in rows else ("train", "validation"):
+            table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
+            ids = table.column("ids").combine_chunks().flatten().to_numpy()
+            streams[split] = torch.tensor(ids, dtype=torch.int32)
+            if len(ids) <= args.block_size:
                 raise UserError(
-                    f"--dataset {args.dataset}: {split} has too few tokens for --block_size {args.block_size}"
+                    f"{args.dataset}, {split}: {len(ids)} tokens are too few for --block_size {args.block_size}"
                 )
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         if problem:
             raise UserError(f"the Hugging Face Hub does not answer ({problem}). {WAYS_OUT}") from error
-        reason = error.__cause__ or error
-        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason!r}") from error
+        reason = f"{error.__cause__ or error!r}. It needs train* and valid* with text, or lines with a field text"
+        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason}") from error
     return Corpus(streams, tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -315,15 +316,17 @@ class GPTLike(nn.Module):
         blocks = [TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)]
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in blocks:
-            block.attention.projection.std = block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
-        self.apply(self.initialize)  # DeepSpeed's zero.Init gathers for apply(); a loop would see empty tensors
+        for block in blocks:  # the layers that add to the residual stream; initialize() reads std
+            block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
+            block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
+        torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
+        self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
         self.head = nn.Linear(args.d_model, rows, bias=False)
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
     def initialize(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            drawn = torch.empty(module.weight.shape, device="cpu")  # the same numbers for every kind of device
+            drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
@@ -372,7 +375,7 @@ PEAK_TFLOPS = {  # dense, 16 bit; names as torch.cuda.get_device_name() gives th
     "NVIDIA GeForce RTX 4090 D": 147,
     "NVIDIA GeForce RTX 3090": 71,
 }
-FORMAT = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
 
 
 def log(message: str) -> None:
@@ -382,8 +385,8 @@ def log(message: str) -> None:
 
 
 def record(fields: dict, args: Namespace) -> None:
-    """A line on the screen, and the same as JSON in metrics.jsonl, where of a repeated step the last line counts."""
-    log(" ".join(f"{name}={value:{FORMAT.get(name, '.4f')}}" for name, value in fields.items()))
+    """A line on the screen and in metrics.jsonl. A resumed run may repeat steps there: a step's last line counts."""
+    log(" ".join(f"{name}={value:{NUMBER_FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
     if args.rank == 0:
         with open(f"{args.output_dir}/metrics.jsonl", "a") as file:
             file.write(json.dumps(fields) + "\n")
@@ -394,9 +397,8 @@ def device_name() -> str:
 
 
 def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
-    log(
-        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
-    )
+    script, ranks = Path(__file__).name, args.world_size
+    log(f"{script}: ZeRO stage {args.zero_stage}, world size {ranks}, precision {args.precision}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     for place in gather(f"{socket.gethostname()}: {device_name()}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
         log(f"  a rank on {place}")
@@ -404,7 +406,7 @@ def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
     log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {num_params:,} parameters")
 
 
-def meet(loss: Tensor, grad_norm: float, caught: list, args: Namespace) -> tuple[float, bool]:
+def average_and_check(loss: Tensor, grad_norm: float | Tensor, caught: list, args: Namespace) -> tuple[float, bool]:
     """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device.
 
     Raises UserError where loss or gradients are no numbers; fp16 skips such steps by itself.
@@ -435,16 +437,16 @@ def speed(tokens_per_second: float, num_params: int, args: Namespace) -> dict:
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> dict:
     """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
-    stream, passes = corpus.streams[split], args.batch_size * args.world_size
-    data = TokenizedDataset(stream, args.block_size, pad_to=passes)  # as many for every rank: ZeRO-3 waits for each
+    stream, stride = corpus.streams[split], args.batch_size * args.world_size
+    data = TokenizedDataset(stream, args.block_size, pad_to=stride)  # the same number of passes for all ranks
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
     model.eval()
-    for first in range(args.rank * args.batch_size, len(data), passes):
+    for first in range(args.rank * args.batch_size, len(data), stride):
         inputs, targets = data[first : first + args.batch_size]
         count = (targets != -100).sum()
-        nats += torch.where(count > 0, model(inputs, targets) * count, 0)
+        nats += torch.where(count > 0, model(inputs, targets) * count, 0)  # a mean over no targets is no number
     model.train()
-    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream)
+    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     return {
         f"{split}_loss": nats / (len(stream) - 1),
         f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
@@ -468,7 +470,7 @@ def show_ledger(kinds: dict[str, list], num_params: int, args: Namespace) -> dic
         ("gradients_and_buckets", width, 2),
     ):
         formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds[kind] + (rest if stage == 2 else []):
+        for tensor in kinds[kind] + (rest if kind == "gradients_and_buckets" else []):
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and not tensor.is_meta and memory.data_ptr() not in counted:
                 counted.add(memory.data_ptr())
@@ -496,6 +498,7 @@ def claim_output(args: Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     try:
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The descriptor stays open on purpose: the lock goes with it.
     except BlockingIOError as error:
         raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     holds_run = (output / "args.json").exists()
@@ -509,9 +512,8 @@ def claim_output(args: Namespace) -> None:
 
 def settings(corpus: Corpus, args: Namespace) -> dict:
     """What has to be the same in a checkpoint and in the run that continues it."""
-    names = (
-        "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
-    )
+    names = "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps "
+    names += "zero_stage world_size lr weight_decay warmup_steps dropout"
     digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
     return {name: getattr(args, name) for name in names.split()} | {"data and tokenizer": digest}
 
@@ -526,9 +528,9 @@ def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, arg
     """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
     fields = {"step": step} | evaluate(model, corpus, "validation", args)
     record(fields, args)
-    if best and best["validation_loss"] <= fields["validation_loss"]:
+    if best and not fields["validation_loss"] < best["validation_loss"]:
         return best
-    weights = full_weights(model)
+    weights = full_weights(model)  # on all ranks: ZeRO-3 gathers them together
     if args.rank == 0:
         folder = Path(args.output_dir, "model")
         folder.mkdir(exist_ok=True)
@@ -598,14 +600,13 @@ def main() -> None:
         raise UserError("it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py on several ranks")
     if args.precision == "fp16":
         raise UserError("fp16 needs loss scaling: run DeepSpeed-GPTLike-ZeRO-1.py, or take --precision bf16 or fp32")
-    torch.zeros(1).exp()  # MKL's first call by one thread: of two at once one may take numbers that are 1e-4 off
+    torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     corpus = load_corpus(args)
     data = TokenizedDataset(corpus.streams["train"], args.block_size)
     global_batch = args.batch_size * args.gradient_accumulation_steps * args.world_size
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / global_batch)
     claim_output(args)
 
-    torch.manual_seed(args.seed)
     model = GPTLike(args, corpus.vocab_size).to(args.device, torch.bfloat16 if args.precision == "bf16" else None)
     weights, masters, optimizer = build_optimizer(model, args)
     if args.compile:
@@ -626,10 +627,11 @@ def main() -> None:
         return log(f"this run is finished, see {args.output_dir}/summary.json; more --max_steps would go on")
     write_json(Path(args.output_dir, "args.json"), vars(args))
     shutil.copy(__file__, args.output_dir)
+    Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
 
     caught, ledger = catch_signals(), {}
     bar = tqdm(total=args.max_steps, initial=step, unit="step", disable=None)  # shows on a terminal only
-    first_step, logged_step, clock = step, step, time.perf_counter()
+    first_step, clock_step, clock = step, step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
         loss = torch.zeros((), device=args.device)
@@ -660,9 +662,9 @@ def main() -> None:
         log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
-        loss, stopping = meet(loss, grad_norm, caught, args)
+        loss, stopping = average_and_check(loss, grad_norm, caught, args)
         if log_due:
-            rate = global_batch * args.block_size * (step - logged_step) / (time.perf_counter() - clock)
+            rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
             record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
         if eval_due:
             best = validate(model, step, best, corpus, args)
@@ -675,7 +677,7 @@ def main() -> None:
         if stopping:
             log(f"stopped by a signal: step {step} is saved, the same command continues")
             os._exit(128 + caught[0])
-        logged_step, clock = step, time.perf_counter()
+        clock_step, clock = step, time.perf_counter()
     bar.close()
     finish(model, {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}, corpus, args)
 

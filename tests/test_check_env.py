@@ -167,9 +167,9 @@ def test_columns_are_aligned(machine):
     wide = [max(len(row[index]) for row in parse("\n".join(lines)).values()) for index in (1, 2)]
     name_width = max(map(len, parse("\n".join(lines))))
     for line in lines:
-        assert line[4:6] == "  " and line[6 + name_width:][:2] == "  " and line[8 + name_width] != " "
+        assert line[4:6] == "  " and line[6 + name_width :][:2] == "  " and line[8 + name_width] != " "
         wanted_at = 6 + name_width + 2 + wide[0] + 2
-        assert line[wanted_at - 2:wanted_at] == "  " and line[wanted_at] != " "
+        assert line[wanted_at - 2 : wanted_at] == "  " and line[wanted_at] != " "
 
 
 def test_json_is_the_text(machine):
@@ -609,6 +609,7 @@ def test_help_is_the_header(machine):
 
 def test_read_from_stdin(machine, tmp_path):
     """As `ssh HOST bash -s < check_env.sh` does: no file, so that presence is asked, not the pins of a file."""
+
     def check(*words: str) -> Answer:
         with SCRIPT.open() as stdin:
             result = subprocess.run([BASH, "-s", "--", *words], stdin=stdin, env=machine.env, cwd=tmp_path, timeout=60,

@@ -56,8 +56,11 @@ def test_shell_is_sound(script):
         ({"NUM_GPUS": "1"}, 8, "deepspeed --quiet --num_gpus 1 --master_port 29500"),
         ({"MASTER_PORT": "29501"}, 2, "deepspeed --quiet --master_port 29501"),
         ({"CUDA_VISIBLE_DEVICES": "0,2"}, 4, "deepspeed --quiet --include localhost:0\\,2 --master_port 29500"),
-        ({"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"}, 4,
-         "deepspeed --quiet --include localhost:3 --master_port 29500"),
+        (
+            {"CUDA_VISIBLE_DEVICES": "3", "NUM_GPUS": "1"},
+            4,
+            "deepspeed --quiet --include localhost:3 --master_port 29500",
+        ),
         ({"CUDA_VISIBLE_DEVICES": ""}, 0, "deepspeed --quiet --num_gpus 2 --master_port 29500"),
     ],  # fmt: skip
     ids=str,
@@ -125,7 +128,10 @@ def test_setup_refuses_an_unknown_file_and_a_missing_python(machine, tmp_path):
     ):
         result = subprocess.run(
             ["bash", tmp_path / "scripts" / "setup.sh"],
-            env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True, timeout=60,
+            env=os.environ | {"PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert (result.returncode, result.stderr) == (1, f"setup.sh: {message}\n")
     assert not (tmp_path / ".venv").exists()

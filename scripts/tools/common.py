@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,3 +87,23 @@ def cpu_default() -> None:
     """Without a GPU tell DeepSpeed so, before it is imported: else it warns of its guess."""
     if not os.environ.get("CUDA_VISIBLE_DEVICES") and not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def launch_command(script: str, ranks: int) -> list[str]:
+    """The beginning of a command line in this Python: plain for one rank, by torchrun at a free port for several."""
+    if ranks == 1:
+        return [sys.executable, str(ROOT / script)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
+    return [sys.executable, *launcher, str(ROOT / script)]
+
+
+def launch_environment(gpus: bool, **changes: str) -> dict[str, str]:
+    """This process's, without a launcher's variables and without the Hub; GPUs are hidden where gpus is false."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # this Python's ninja
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return kept | hidden | {"PATH": path, "HF_HUB_OFFLINE": "1"} | changes

@@ -174,7 +174,7 @@ def load_tokenizer(trained: Trained, corpus: tuple | None) -> object:
 # The folder.
 def original_model(trained: Trained, vocab_size: int) -> nn.Module:
     """The GPTLike of the training scripts with these weights, in fp32."""
-    args = argparse.Namespace(**trained.shape | {"dropout": 0.0, "activation_checkpointing": False})
+    args = argparse.Namespace(**trained.shape | {"dropout": 0.0, "activation_checkpointing": False, "seed": 0})
     try:
         model = load_script("GPTLike-Base.py").GPTLike(args, vocab_size)
         model.load_state_dict({"head.weight": trained.weights["token_embedding.weight"]} | trained.weights)

@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_tokens(WORDS)
     tokenizer.pre_tokenizer, tokenizer.decoder = bytewise(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     torch.manual_seed(0)
-    model = base.GPTLike(argparse.Namespace(**SHAPE, dropout=0.1, activation_checkpointing=False), 261)
+    model = base.GPTLike(argparse.Namespace(**SHAPE, dropout=0.1, activation_checkpointing=False, seed=42), 261)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms, too: a swap of two must show
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -80,7 +80,7 @@ def exported(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_logits(run: Path, tokens: torch.Tensor) -> torch.Tensor:
-    args = argparse.Namespace(**SHAPE, dropout=0.0, activation_checkpointing=False)
+    args = argparse.Namespace(**SHAPE, dropout=0.0, activation_checkpointing=False, seed=42)
     model = common.load_script("GPTLike-Base.py").GPTLike(args, 261).eval()
     weights = safetensors.torch.load_file(run / "model" / "model.safetensors")
     model.load_state_dict(weights | {"head.weight": weights["token_embedding.weight"]})

@@ -85,12 +85,12 @@ def test_mfu_by_the_cards_exact_name(monkeypatch):
 def test_nan_stops(loss, norm):
     args = script_args(script)
     with pytest.raises(script.UserError, match="Checkpoints are as they were"):
-        script.meet(torch.tensor(loss), norm, [], args)
+        script.average_and_check(torch.tensor(loss), norm, [], args)
     args.precision = "fp16"  # which skips such steps by itself
-    script.meet(torch.tensor(loss), norm, [], args)
+    script.average_and_check(torch.tensor(loss), norm, [], args)
 
 
-def test_meet_gives_mean_and_signal():
+def test_average_and_check_gives_mean_and_signal():
     args = script_args(script)
-    assert script.meet(torch.tensor(3.0), 1.0, [], args) == (3.0, False)
-    assert script.meet(torch.tensor(3.0), 1.0, [15], args) == (3.0, True)
+    assert script.average_and_check(torch.tensor(3.0), 1.0, [], args) == (3.0, False)
+    assert script.average_and_check(torch.tensor(3.0), 1.0, [15], args) == (3.0, True)

@@ -1,0 +1,289 @@
+"""Speed of the scripts beside other ways to train the same GPT, on this machine's CPU, in one run.
+
+    python scripts/dev/benchmark.py                                     all contestants, two vocabularies
+    python scripts/dev/benchmark.py --contestants base nanogpt --vocab 8192 --rounds 1
+    python scripts/dev/benchmark.py --startup                           time to the first step, beside imports
+
+Each round launches every contestant once, one after the other, so that a slow minute of the machine hits all alike.
+The scripts run as they are, through their command line, and so do the rivals (scripts/dev/rivals.py); all read the
+same random tokens, share the cores alike among ranks and run with the same settings of the allocator. Tokens per
+second are the median over the rounds of the median over the steps, without the first three. A run is ended once it has
+logged --steps steps: none validates or saves. GPUs are hidden.
+
+Exit code 0: all measured, 1: a contestant failed and its log is named, 2: wrong usage.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from common import ROOT, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
+
+RIVALS = "scripts/dev/rivals.py"
+SKIPPED = 3  # first steps: caches fill, and the second counts its memory
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc keeps freed memory
+IMPORTS = "import deepspeed, datasets, transformers"
+PATIENCE_S = 900  # for one launch
+
+
+class Contestant(NamedTuple):
+    words: tuple[str, ...]  # script and own flags
+    several: bool  # runs on --ranks
+    beside: tuple[str, ...]  # whom its speed is divided by
+
+
+def zero(stage: int) -> Contestant:
+    words = (f"DeepSpeed-GPTLike-ZeRO-{stage}.py", "--ds_config", f"configs/zero{stage}.json")
+    return Contestant(words, True, ("ddp", f"trainer{stage}"))
+
+
+def trainer(stage: int) -> Contestant:
+    return Contestant((RIVALS, "trainer", "--ds_config", f"configs/zero{stage}.json"), True, ())
+
+
+CONTESTANTS = {
+    "base": Contestant(("GPTLike-Base.py",), False, ("nanogpt", "original")),
+    "nanogpt": Contestant((RIVALS, "nanogpt"), False, ()),
+    "original": Contestant((RIVALS, "original"), False, ()),
+    "ddp": Contestant((RIVALS, "ddp"), True, ()),
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "trainer1": trainer(1),
+    "trainer2": trainer(2),
+    "trainer3": trainer(3),
+}
+OURS = ["base", "zero1", "zero2", "zero3"]
+
+
+class Measured(NamedTuple):
+    first_step_s: float  # from the command to the first logged step
+    tokens_per_second: float  # NaN where too few steps were made
+    peak_memory_gib: float  # of rank 0
+
+
+def write_data(folder: Path, vocabulary: int, blocks: int, block_size: int) -> list[str]:
+    """Random tokens, the k-th as often as 1/k, as words of a file. Returns the flags with which a script reads them."""
+    import tokenizers
+    import torch
+
+    (folder / "text").mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    torch.manual_seed(0)
+    frequencies = 1 / torch.arange(1, vocabulary + 1)
+    for name, count in (("train", blocks), ("valid", 4)):
+        ids = torch.multinomial(frequencies, (count + 1) * block_size, replacement=True)
+        lines = [" ".join(map(str, line.tolist())) for line in ids.split(block_size)]
+        (folder / "text" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(k): k for k in range(vocabulary)}, "0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return ["--dataset", str(folder / "text"), "--tokenizer", str(folder / "tokenizer")]
+
+
+def ranks_of(name: str, args: argparse.Namespace) -> int:
+    return args.ranks if CONTESTANTS[name].several else 1
+
+
+def precision_of(name: str, args: argparse.Namespace) -> str:
+    return "fp32" if name == "original" else args.precision  # it knows no other
+
+
+def environment(ranks: int) -> dict[str, str]:
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    return launch_environment(gpus=False, OMP_NUM_THREADS=threads, **ALLOCATOR)
+
+
+def command(name: str, data: list[str], output: Path, args: argparse.Namespace) -> list[str]:
+    script, *own = CONTESTANTS[name].words
+    ranks = ranks_of(name, args)
+    words = [*launch_command(script, ranks), *own, *data, "--output_dir", str(output)]
+    for flag in ("n_layer", "n_head", "d_model", "block_size", "dropout"):
+        words += [f"--{flag}", str(getattr(args, flag))]
+    words += ["--batch_size", str(args.batch_size // ranks), "--precision", precision_of(name, args)]
+    words += ["--max_steps", str(args.steps + 1000), "--log_interval", "1"]
+    return [*words, "--eval_interval", "0", "--save_interval", "0"]
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a run and its ranks: torchrun's are in its session, but in process groups of their own."""
+    import psutil
+
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def logged_steps(output: Path) -> int:
+    metrics = output / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def launch(words: list[str], output: Path, env: dict[str, str], steps: int) -> float:
+    """Run until so many steps are logged. Returns the seconds to the first. Raises ToolError that names the log."""
+    log, first = output.with_suffix(".log"), None
+    with log.open("w") as file:
+        start = time.perf_counter()
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file)
+        try:
+            while logged_steps(output) < steps:
+                if process.poll() is not None or time.perf_counter() - start > PATIENCE_S:
+                    raise ToolError(f"{output.name} ended, or hung, before step {steps}: see {log}")
+                if first is None and logged_steps(output):
+                    first = time.perf_counter() - start
+                time.sleep(0.05)
+            return first or time.perf_counter() - start
+        finally:
+            end(process)
+
+
+def steady(rates: list[float]) -> float:
+    """The median rate of the steps after the first ones; NaN where there is none."""
+    return median(rates[SKIPPED:]) if len(rates) > SKIPPED else float("nan")
+
+
+def run_once(name: str, data: list[str], folder: Path, args: argparse.Namespace) -> Measured:
+    output = folder / name
+    shutil.rmtree(output, ignore_errors=True)
+    words = command(name, data, output, args)
+    first = launch(words, output, environment(ranks_of(name, args)), args.steps)
+    lines = list(read_metrics(output).values())[: args.steps]
+    peak = max(line["peak_memory_gib"] for line in lines)
+    return Measured(first, steady([line["tokens_per_second"] for line in lines]), peak)
+
+
+def imports_s() -> float:
+    """Seconds that two processes at once take to import what two ranks import."""
+    start = time.perf_counter()
+    both = [subprocess.Popen([sys.executable, "-c", IMPORTS], env=environment(2)) for _ in range(2)]
+    codes = [process.wait() for process in both]
+    if any(codes):
+        raise ToolError(f"{IMPORTS!r} fails in this environment")
+    return time.perf_counter() - start
+
+
+def medians(rounds: list[Measured]) -> Measured:
+    return Measured(*(median(values) for values in zip(*rounds, strict=True)))
+
+
+def speed_table(runs: dict[str, list[Measured]], args: argparse.Namespace) -> str:
+    found, rows = {name: medians(rounds) for name, rounds in runs.items()}, []
+    for name, row in found.items():
+        others = [other for other in CONTESTANTS[name].beside if other in found]
+        ratios = [f"{row.tokens_per_second / found[other].tokens_per_second:.2f}x {other}" for other in others]
+        rates = [round(measured.tokens_per_second) for measured in runs[name]]
+        cells = [name, ranks_of(name, args), precision_of(name, args), round(row.tokens_per_second)]
+        cells += [", ".join(ratios) or "-", round(row.first_step_s, 1), round(row.peak_memory_gib, 2)]
+        rows.append([*cells, f"{min(rates)} to {max(rates)}"])
+    heads = ["contestant", "ranks", "precision", "tokens/s", "ratio", "first step s", "peak GiB", "rounds"]
+    return table(heads, rows)
+
+
+def startup_table(runs: dict[str, list[Measured]], imports: list[float], args: argparse.Namespace) -> str:
+    unit = median(imports)
+    rows = [[f"two at once: {IMPORTS}", "-", round(unit, 1), 1.0]]
+    for name, rounds in runs.items():
+        first = medians(rounds).first_step_s
+        rows.append([name, str(ranks_of(name, args)), round(first, 1), round(first / unit, 2)])
+    return table(["start-up", "ranks", "seconds", "of the imports"], rows)
+
+
+def heading(args: argparse.Namespace) -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    bf16 = "with" if "bf16" in flags else "without"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    shape = f"{args.n_layer} layers, d_model {args.d_model}, {args.n_head} heads, {args.batch_size} x {args.block_size}"
+    return (
+        f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores {bf16} bf16 instructions; "
+        f"{packages}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}.\n"
+        f"{shape} tokens, dropout {args.dropout}, {args.precision}, rounds {args.rounds}, steps {args.steps}."
+    )
+
+
+def benchmark(args: argparse.Namespace, folder: Path) -> dict:
+    """Measure and print. Returns what --json writes: by vocabulary and contestant the rounds."""
+    print(heading(args))
+    results = {}
+    for vocabulary in args.vocab:
+        runs, imports = {name: [] for name in args.contestants}, []
+        data = write_data(folder / str(vocabulary), vocabulary, 16 * args.batch_size, args.block_size)
+        for number in range(args.rounds):
+            if args.startup:
+                imports.append(imports_s())
+            for name in args.contestants:
+                runs[name].append(run_once(name, data, folder / str(vocabulary), args))
+                print(f"round {number + 1}, vocabulary {vocabulary}, {name}: {runs[name][-1]}", file=sys.stderr)
+        print(f"\nvocabulary {vocabulary}")
+        print(startup_table(runs, imports, args) if args.startup else speed_table(runs, args), flush=True)
+        rounds = {name: [row._asdict() for row in rows] for name, rows in runs.items()}
+        results[str(vocabulary)] = rounds | ({"imports_s": imports} if args.startup else {})
+    return results
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--contestants", nargs="+", choices=list(CONTESTANTS), help="all; with --startup the scripts")
+    add("--startup", action="store_true", help="measure the time to the first step, beside imports")
+    add("--vocab", type=int, nargs="+", help="sizes, each measured by itself (8192 50257; with --startup 8192)")
+    add("--rounds", type=int, default=3, help="launches of each contestant (3)")
+    add("--steps", type=int, help=f"optimizer steps; the first {SKIPPED} do not count (12; with --startup 1)")
+    add("--ranks", type=int, default=2, help="of the contestants that run on several (2)")
+    add("--precision", choices=["bf16", "fp32"], default="bf16", help="of all but original, which knows fp32 (bf16)")
+    add("--json", type=Path, metavar="FILE", help="also write every round there")
+    shape = {"n_layer": 6, "n_head": 6, "d_model": 384, "block_size": 256, "batch_size": 8}
+    for name, default in shape.items():
+        add(f"--{name}", type=int, default=default, help=f"of the model and its batch, all ranks together ({default})")
+    add("--dropout", type=float, default=0.1, help="as each contestant uses it (0.1)")
+    return parser
+
+
+def parse_args(words: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(words)
+    args.contestants = args.contestants or (OURS if args.startup else list(CONTESTANTS))
+    args.vocab = args.vocab or ([8192] if args.startup else [8192, 50257])
+    args.steps = args.steps or (1 if args.startup else 12)
+    if not args.startup and args.steps <= SKIPPED:
+        parser.error(f"--steps {args.steps}: must be more than the {SKIPPED} that do not count")
+    if min(args.rounds, args.ranks, args.batch_size) < 1 or args.batch_size % args.ranks:
+        parser.error(f"--batch_size {args.batch_size} is not a multiple of --ranks {args.ranks}, or one is below 1")
+    return args
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse_args(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing stays behind
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    try:
+        results = benchmark(args, folder)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+    except (ToolError, OSError) as error:
+        exit_with(error)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Other ways to train the same GPT, for scripts/dev/benchmark.py to compare the six scripts with, on the CPU.
+
+    python scripts/dev/rivals.py nanogpt --dataset sample --max_steps 20 --output_dir runs/nanogpt
+    torchrun --nproc_per_node 2 scripts/dev/rivals.py ddp --dataset sample --max_steps 20 --output_dir runs/ddp
+
+nanogpt    nanoGPT's model and step: dropout in the attention too, no biases, fp32 weights under autocast, and AdamW
+           that is not fused on a CPU
+original   what the tutorial's first scripts do: nn.MultiheadAttention with a boolean mask, fp32, unfused AdamW, no
+           clipping, loss.item() twice each micro batch
+ddp        GPTLike-Base.py's model and optimizer in DistributedDataParallel
+trainer    transformers' Trainer with its GPT-2 and --ds_config, on as many ranks as are started
+
+The flags are GPTLike-Base.py's, and so are the data: all read the same tokens in the same order (Trainer shuffles for
+itself) and leave the same metrics.jsonl. A rival does not validate, saves nothing and is not resumed.
+
+Sources: https://github.com/karpathy/nanoGPT (model.py, train.py); https://huggingface.co/docs/transformers/deepspeed
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from common import ROOT, ToolError, exit_with, load_script, read_json
+
+base = load_script("GPTLike-Base.py")
+
+
+class NanoBlock(nn.Module):
+    """No biases, and dropout on the attention weights, on the CPU at the price of the fused kernel."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        width, self.n_head, self.rate = args.d_model, args.n_head, args.dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.attended = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def attention(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+        heads = [part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)]
+        rate = self.rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*heads, dropout_p=rate, is_causal=True)  # (batch, n_head, seq, head_dim)
+        return self.dropout(self.attended(mixed.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+        x = x + self.attention(self.norm1(x))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class OriginalBlock(nn.Module):
+    def __init__(self, args: argparse.Namespace):
+        super().__init__()
+        width = args.d_model
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, args.n_head, dropout=args.dropout, batch_first=True)
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.feed_forward = nn.Sequential(up, nn.GELU(), down, nn.Dropout(args.dropout))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)  # True: not to be seen
+        normed = self.norm1(x)
+        x = x + self.attention(normed, normed, normed, attn_mask=ahead, need_weights=False)[0]
+        return x + self.feed_forward(self.norm2(x))
+
+
+class RivalGPT(nn.Module):
+    """Blocks of one kind between a tied embedding and head. Weights are fp32; under autocast the matmuls are bf16."""
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int, block: type[nn.Module]):
+        super().__init__()
+        self.autocast = args.precision == "bf16"
+        self.tokens = nn.Embedding(padded(vocab_size), args.d_model)
+        self.positions = nn.Embedding(args.block_size, args.d_model)
+        self.dropout = nn.Dropout(args.dropout)
+        self.blocks = nn.ModuleList(block(args) for _ in range(args.n_layer))
+        self.final_norm = nn.LayerNorm(args.d_model, bias=block is OriginalBlock)
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:  # both (batch, seq)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = self.dropout(self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1])))
+            for block in self.blocks:
+                x = block(x)  # (batch, seq, d_model)
+            logits = F.linear(self.final_norm(x), self.tokens.weight)  # (batch, seq, rows)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def padded(vocab_size: int) -> int:
+    return -(-vocab_size // 64) * 64
+
+
+class NanoGPT:
+    """nanoGPT's step: clipping, AdamW that is not fused on a CPU, warm-up and cosine."""
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int):
+        self.args, self.model = args, RivalGPT(args, vocab_size, NanoBlock)
+        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
+        norms = [weight for weight in self.model.parameters() if weight.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=base.BETAS)
+
+    def take_step(self, step: int, batches: Iterator) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * base.lr_factor(step, self.args)
+        for inputs, targets in batches:
+            loss = self.model(inputs, targets) / self.args.gradient_accumulation_steps
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item() * self.args.gradient_accumulation_steps  # as nanoGPT logs it: of the last micro batch
+
+
+class Original:
+    def __init__(self, args: argparse.Namespace, vocab_size: int):
+        self.args, self.model = args, RivalGPT(args, vocab_size, OriginalBlock)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+
+    def take_step(self, step: int, batches: Iterator) -> float:
+        total = 0.0
+        for inputs, targets in batches:
+            loss = self.model(inputs, targets) / self.args.gradient_accumulation_steps
+            loss.backward()
+            total += loss.item()
+            self.shown = loss.item()  # a second time, for the progress bar
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+class DataParallel:
+    """Base's model and optimizer; DistributedDataParallel averages the gradients while the backward pass goes on."""
+
+    def __init__(self, args: argparse.Namespace, vocab_size: int):
+        model = base.GPTLike(args, vocab_size).to(torch.bfloat16 if args.precision == "bf16" else None)
+        self.weights, self.masters, self.optimizer = base.build_optimizer(model, args)
+        self.args, self.model = args, nn.parallel.DistributedDataParallel(model)
+
+    def take_step(self, step: int, batches: Iterator) -> float:
+        total = torch.zeros(())
+        for inputs, targets in batches:
+            loss = self.model(inputs, targets) / self.args.gradient_accumulation_steps
+            loss.backward()
+            total += loss.detach()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = weight.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, base.GRADIENT_CLIPPING)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * base.lr_factor(step, self.args)
+        self.optimizer.step()
+        base.copy_all(self.masters, self.weights)
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        dist.all_reduce(total)
+        return total.item() / self.args.world_size
+
+
+def train(kind: type, args: argparse.Namespace, corpus: tuple) -> None:
+    data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+    tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+    rival = kind(args, corpus.vocab_size)
+    num_params = sum(weight.numel() for weight in rival.model.parameters())
+    clock = time.perf_counter()
+    for step in range(args.max_steps):
+        loss = rival.take_step(step, base.micro_batches(data, step, args))
+        speed = base.speed(tokens / (time.perf_counter() - clock), num_params, args)
+        base.record({"step": step + 1, "loss": loss} | speed, args)
+        clock = time.perf_counter()
+
+
+def trainer_arguments(args: argparse.Namespace) -> dict:
+    """What TrainingArguments takes: the JSON as it is, but for the flags, and nothing that contradicts it."""
+    config = read_json(Path(args.ds_config))
+    try:
+        params = config["optimizer"]["params"]
+        params |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
+        config["train_micro_batch_size_per_gpu"] = args.batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["bf16"]["enabled"] = args.precision == "bf16"
+        from_json = {"learning_rate": params["lr"], "weight_decay": params["weight_decay"]}
+        from_json |= {"adam_beta1": params["betas"][0], "adam_beta2": params["betas"][1]}
+        from_json |= {"adam_epsilon": params["eps"], "max_grad_norm": config["gradient_clipping"]}
+    except (KeyError, TypeError) as error:
+        raise ToolError(f"--ds_config {args.ds_config} has no {error}: take one of configs/") from error
+    batch = {"per_device_train_batch_size": args.batch_size, "warmup_steps": args.warmup_steps}
+    batch |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "bf16": args.precision == "bf16"}
+    return from_json | batch | {"deepspeed": config}
+
+
+def train_with_trainer(args: argparse.Namespace, corpus: tuple) -> None:
+    import transformers
+
+    class Blocks(torch.utils.data.Dataset):
+        data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            inputs = self.data[index : index + 1][0][0]
+            return {"input_ids": inputs, "labels": inputs}  # the model shifts the labels itself
+
+    class Recorder(transformers.TrainerCallback):
+        """Times from log to log, which is from step to step."""
+
+        def on_train_begin(self, options, state, control, **_) -> None:
+            self.clock = time.perf_counter()
+
+        def on_log(self, options, state, control, logs: dict, **_) -> None:
+            if "loss" in logs and args.rank == 0:
+                now = time.perf_counter()
+                tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+                fields = {"step": state.global_step, "loss": float(logs["loss"])}
+                base.record(fields | base.speed(tokens / (now - self.clock), parameters, args), args)
+                self.clock = now
+
+    shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.d_model, "n_positions": args.block_size}
+    shape |= {"vocab_size": padded(corpus.vocab_size), "bos_token_id": 0, "eos_token_id": 0}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args.dropout)
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+    numbers = trainer_arguments(args)
+    options = transformers.TrainingArguments(
+        args.output_dir, max_steps=args.max_steps, seed=args.seed, **quiet, **numbers
+    )
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropout))
+    parameters = model.num_parameters()
+    transformers.Trainer(model, options, train_dataset=Blocks(), callbacks=[Recorder()]).train()
+
+
+KINDS = {"nanogpt": NanoGPT, "original": Original, "ddp": DataParallel}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = base.build_parser()
+    parser.prog, parser.description = Path(__file__).name, __doc__.splitlines()[0]
+    parser.add_argument("rival", choices=[*KINDS, "trainer"], help="what to train")
+    parser.add_argument("--ds_config", default=str(ROOT / "configs/zero2.json"), help="DeepSpeed's JSON, for trainer")
+    parser.set_defaults(**base.DEFAULTS, output_dir="runs/rival", max_steps=20)
+    args = base.parse_args(parser)
+    if args.precision == "fp16" or (args.rival == "original" and args.precision != "fp32"):
+        parser.error(f"{args.rival} does not train in {args.precision} on a CPU: add --precision fp32")
+    if args.rival in ("ddp", "trainer") and "RANK" not in os.environ:
+        parser.error(f"{args.rival} wants ranks: torchrun --nproc_per_node 2 {parser.prog} {args.rival} ...")
+    args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device, args.zero_stage = "cpu", 0
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        output = Path(args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        if args.rank == 0:
+            (output / "metrics.jsonl").unlink(missing_ok=True)
+        torch.zeros(1).exp()  # as in the scripts: MKL's first call by one thread
+        corpus = base.load_corpus(argparse.Namespace(**vars(args) | {"rank": 0}))  # each rank trains its own bpe:SIZE
+        torch.manual_seed(args.seed)
+        if args.rival == "trainer":
+            train_with_trainer(args, corpus)
+        else:
+            if args.rival == "ddp":
+                dist.init_process_group("gloo")
+            train(KINDS[args.rival], args, corpus)
+    except (OSError, base.UserError, ToolError) as error:
+        exit_with(error)
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
+
+
+if __name__ == "__main__":
+    main()
