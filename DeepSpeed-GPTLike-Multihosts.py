@@ -789,7 +789,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespa
 def model_states(engine: deepspeed.DeepSpeedEngine) -> dict[str, list]:
     """The tensors that this rank holds between the backward pass and the step."""
     weights = list(engine.module.parameters())
-    # ZeRO-2: the keys of the optimizer's state are this rank's fp32 share of the weights, its values their moments.
+    # ZeRO-2: the state's keys are this rank's fp32 share of the weights, its values their moments.
     # No other name of DeepSpeed's leads to them at all stages.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]

@@ -789,7 +789,7 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> dict[str, list]:
     weights = list(engine.module.parameters())
     # ZeRO-3: of each weight this rank keeps a piece, ds_tensor; the weight itself is empty until its layer runs.
     pieces = [weight.ds_tensor for weight in weights]
-    # ZeRO-3: the keys of the optimizer's state are this rank's fp32 share of the weights, its values their moments.
+    # ZeRO-3: the state's keys are this rank's fp32 share of the weights, its values their moments.
     # No other name of DeepSpeed's leads to them at all stages.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]

@@ -790,7 +790,7 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> dict[str, list]:
     weights = list(engine.module.parameters())
     # ZeRO-Offload: at stage 3 this rank keeps a piece of each weight, ds_tensor, at stage 2 the weight.
     pieces = [getattr(weight, "ds_tensor", weight) for weight in weights]
-    # ZeRO-Offload: the keys of the optimizer's state are this rank's fp32 share of the weights, its values their moments.
+    # ZeRO-Offload: the state's keys are this rank's fp32 share of the weights, its values their moments.
     # No other name of DeepSpeed's leads to them at all stages.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]

@@ -76,10 +76,10 @@ main() {
   "${launch[@]}" DeepSpeed-GPTLike-ZeRO-2.py "${flags[@]}" "$@"
 
   title "plot"
-  run python scripts/compare_runs.py "$RUN" --output "$RUN"
+  run python scripts/tools/compare_runs.py "$RUN" --output "$RUN"
   title "export to transformers, and a sample of text"
-  run python scripts/export_hf.py "$RUN" "$RUN/gpt2"
-  run python scripts/generate.py "$RUN/gpt2" --prompt "If the" --temperature 0.5 --top_k 20
+  run python scripts/tools/export_hf.py "$RUN" "$RUN/gpt2"
+  run python scripts/tools/generate.py "$RUN/gpt2" --prompt "If the" --temperature 0.5 --top_k 20
   printf '\n== done in %d s: %s/loss.png, %s/model (weights), %s/gpt2 (the same for transformers)\n' \
     "$SECONDS" "$RUN" "$RUN" "$RUN"
 }

@@ -49,6 +49,9 @@ main() {
     die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES, but nvidia-smi lists no GPU: unset it to run on CPU ranks"
   # The launcher, too, would guess the device, and warn of its guess; where an AMD GPU is, it finds that.
   [[ "${gpus:-1}" != 0 || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  if [[ "${gpus:-0}" == 0 ]]; then # have glibc keep freed memory for the next tensors: a step is a fifth faster or more
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"
+  fi
   exec "${cmd[@]}"
 }
 

@@ -37,7 +37,7 @@ compile_op() {
       "Debian and Ubuntu: apt-get install g++ python3-dev"
     return
   fi
-  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python scripts/compile_ops.py # on the PATH for ninja
+  PATH="$PWD/.venv/bin:$PATH" .venv/bin/python scripts/tools/compile_ops.py # on the PATH for ninja
 }
 
 main() {

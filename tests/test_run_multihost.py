@@ -561,7 +561,7 @@ def greet(server: socket.socket) -> None:
 @pytest.mark.slow
 def test_a_host_that_was_stopped_may_come_again():
     """It holds its NODE_RANK only as long as it is connected."""
-    hosts, port = load_script("hosts.py"), free_port()
+    hosts, port = load_script("scripts/hosts.py"), free_port()
     cards = [{"rank": rank, "plan": "p", "ranks": "1", "host": f"h{rank}"} for rank in range(3)]
     answers = []
     with socket.create_server(("127.0.0.1", port)) as server:
@@ -639,7 +639,7 @@ def test_two_hosts_train(tmp_path, flags, second):
     port, folder = str(free_port()), tmp_path / "run"
     flags = [str(tmp_path / "hosts") if flag == "hosts" else flag for flag in flags]
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    training = [f"--{name}={value}" for name, value in TINY.items()]
+    training = TINY
     training += ["--max_steps=3", "--log_interval=1", "--precision=fp32", f"--output_dir={folder}"]
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RDZV_TIMEOUT": "60"}

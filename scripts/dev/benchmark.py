@@ -280,6 +280,9 @@ def main(words: list[str] | None = None) -> None:
         results = benchmark(args, folder)
         if args.json:
             args.json.write_text(json.dumps(results, indent=2) + "\n")
+    except KeyboardInterrupt:
+        shutil.rmtree(folder)
+        sys.exit(130)
     except (ToolError, OSError) as error:
         exit_with(error)
     shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 """Move a run of a ZeRO script to another number of ranks, or to another stage, so that it goes on where it was.
 
-    python scripts/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 4
-    python scripts/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 2 --stage 3 --output runs/as-zero3
+    python scripts/tools/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 4
+    python scripts/tools/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 2 --stage 3 --output runs/new
 
 writes a new folder, RUN-4ranks or --output, with one checkpoint in DeepSpeed's own format for so many ranks, and prints
 the command that continues it. RUN stays as it is. The global batch (micro batch x accumulation x ranks) stays too, as
@@ -23,34 +23,26 @@ Source: https://www.deepspeed.ai/tutorials/universal-checkpointing/
 import argparse
 import fcntl
 import gc
-import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import BinaryIO
 
 import torch
+from common import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parent.parent
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # a parameter's files in a universal checkpoint
 PLAN = "RESHAPE_PLAN"  # environment: the folder of the work that a new rank takes part in
-NOT_FLAGS = {"output_dir", "resume", "overwrite", "local_rank", "epochs", "max_steps"}  # not taken over as they are
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("zero_script", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+NOT_FLAGS = {"output_dir", "resume", "overwrite", "local_rank", "epochs", "max_steps", "batch_size"}
+NOT_FLAGS |= {"gradient_accumulation_steps"}  # not taken over as they are
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,33 +90,29 @@ def lock(run: Path) -> BinaryIO | None:
     return file
 
 
-def find_checkpoint(run: Path, step: int | None, script: ModuleType) -> tuple[Path, dict]:
-    """A whole checkpoint and its manifest. Raises ValueError naming what is missing or truncated."""
-    any_run = SimpleNamespace(has=lambda folder: True)  # the ranks' files are looked for below, all of them
-    known, problems = script.whole_steps(run / "checkpoints", "step*", any_run, {})
-    problems = [problem for problem in problems if step is None or f"/step{step} " in problem]
-    step = max(known, default=None) if step is None else step
-    if step not in known:
-        held = f"whole are: {' '.join(map(str, sorted(known))) or 'none'}"
-        raise ValueError(f"{run} has no whole checkpoint{'' if step is None else f' of step {step}'}; {held}. "
-                         + ". ".join(problems))  # fmt: skip
-    for problem in problems:
-        print(f"{problem}: passed over", file=sys.stderr)
-    folder, settings = run / "checkpoints" / f"step{step}", known[step]["settings"]
-    if settings["ZeRO stage"] == 0:
-        raise ValueError(f"{run} is a run of GPTLike-Base.py, whose checkpoints DeepSpeed cannot read: a ZeRO script "
-                         "has to start afresh")  # fmt: skip
-    ranks = range(settings["world size"])
+def find_checkpoint(run: Path, step: int | None) -> tuple[Path, dict]:
+    """A whole checkpoint and its mark. Raises ValueError naming what is missing."""
+    marks = {}
+    for path in sorted((run / "checkpoints").glob("step*/rank*.json")):
+        marks[int(path.parent.name[4:])] = read_json(path)
+    wanted = max(marks, default=None) if step is None else step
+    if wanted not in marks:
+        held = " ".join(map(str, sorted(marks))) or "none"
+        raise ValueError(
+            f"{run} has no checkpoint of a ZeRO script{f' of step {step}' if step else ''}; there are: {held}"
+        )
+    folder, settings = run / "checkpoints" / f"step{wanted}", marks[wanted]["settings"]
+    ranks = range(settings["world_size"])
     absent = [str(r) for r in ranks if not any(folder.glob(f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt"))]
     if absent:
         raise ValueError(f"{folder} has no files of rank {' '.join(absent)}: copy them here from the other hosts")
-    return folder, known[step]
+    return folder, marks[wanted]
 
 
 def new_config(run: Path, settings: dict, stage: int) -> dict:
     """DeepSpeed's JSON for the new run, but for the batch. Raises ValueError for what no CPU engine can hold."""
     config = read_json(run / "ds_config.json")
-    zero, old = config.get("zero_optimization", {}), settings["ZeRO stage"]
+    zero, old = config.get("zero_optimization", {}), settings["zero_stage"]
     if zero.get("stage") != old:
         raise ValueError(f"{run}/ds_config.json has stage {zero.get('stage')}, the checkpoint {old}: another run was "
                          "tried here since. Start the run's own command once more, and stop it")  # fmt: skip
@@ -182,13 +170,14 @@ def common_state(checkpoint: Path) -> dict:
     return {"step": int(adam["state"][0]["step"]), "groups": groups, "scheduler": model["lr_scheduler"]} | counters
 
 
-def fill(run, states: Path, common: dict) -> None:
+def fill(engine, states: Path, common: dict) -> None:
     """Put the states into the engine of a new rank. All ranks call this together."""
     from deepspeed import utils, zero
 
-    engine, token = run.model, torch.zeros((1, 1), dtype=torch.long)
-    run.forward_backward([(token, token)] * engine.gradient_accumulation_steps())
-    engine.step()  # whatever it does is overwritten below; but Adam makes its states in its first step
+    token = torch.zeros((1, 1), dtype=torch.long)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(token, token))
+        engine.step()  # whatever it does is overwritten below; but Adam makes its states in its first step
     zero_adam = engine.optimizer
     if hasattr(zero_adam, "bit16_groups"):  # stages 1 and 2: DeepSpeed has shown the parameters the first group's only
         for group, flat in zip(zero_adam.bit16_groups, zero_adam.single_partition_of_fp32_groups, strict=True):
@@ -221,29 +210,25 @@ def work(folder: Path) -> None:
     plan = read_json(folder / "plan.json")
     script, args = load_script(plan["script"]), argparse.Namespace(**plan["args"])
     try:
-        config = script.load_ds_config(args, script.start_distributed(args))
-        states, make_run = folder / "states", getattr(script, "OffloadRun", script.EngineRun)
+        script.start_distributed(args)
+        args.output_dir, args.first_of_disk = str(folder / "run"), args.rank == 0
+        config = script.load_ds_config(args)
+        states, step = folder / "states", plan["mark"]["step"]
         rows = len(read_tensor(states, "token_embedding.weight", "fp32")) // args.d_model
-        target = folder / "run" / "checkpoints" / plan["name"]
-        run = make_run(script.build_engine(args, rows, config), args)
-        fill(run, states, common_state(Path(plan["checkpoint"])))
-        run.save(target)
-        script.dist.barrier()
-        if script.rank() == 0:
-            facts = plan["facts"] | {"settings": script.settings(args, SimpleNamespace(digest=plan["digest"]))}
-            facts |= {"hosts": [socket.gethostname()] * script.world_size()}
-            script.seal(target, facts, run)
-            script.write(folder / "run" / "ds_config.json", config)
-        script.dist.barrier()
-        run.model.destroy()
-        del run
+        engine = script.build_engine(args, rows, config)
+        fill(engine, states, common_state(Path(plan["checkpoint"])))
+        script.save_checkpoint(engine, plan["mark"], args)
+        if args.rank == 0:
+            script.write_json(folder / "run" / "ds_config.json", config)
+        engine.destroy()
+        del engine
         gc.collect()
-        run = make_run(script.build_engine(args, rows, config), args)
-        run.load(target)
-        for name, weight in run.model.module.named_parameters():
-            found = script.whole(weight).flatten()
-            if not found.equal(read_tensor(states, name, "fp32").to(found.dtype)):
+        engine = script.build_engine(args, rows, config)
+        script.load_checkpoint(engine, step, args)
+        for name, weight in script.full_weights(engine).items():
+            if not weight.flatten().equal(read_tensor(states, name, "fp32").to(weight.dtype)):
                 raise script.UserError(f"{name} is not the old one when it is loaded again")
+        script.gather(None)
         script.dist.destroy_process_group()
     except script.UserError as error:
         sys.exit(f"reshape_checkpoint.py: error: {error}")
@@ -271,21 +256,28 @@ def compare(old: Path, new: Path, *common: dict) -> int:
 def make_plan(options: argparse.Namespace, target: Path, script: ModuleType) -> dict:
     """All that the new ranks have to know, as JSON."""
     run, stage = options.run, options.stage
-    checkpoint, manifest = find_checkpoint(run, options.step, script)
-    settings = manifest["settings"]
-    stage = stage or settings["ZeRO stage"]
+    checkpoint, mark = find_checkpoint(run, options.step)
+    settings = mark["settings"]
+    stage = stage or settings["zero_stage"]
     config = new_config(run, settings, stage)
     micro, accumulation = settings["batch_size"], settings["gradient_accumulation_steps"]
-    global_batch = micro * accumulation * settings["world size"]
+    global_batch = micro * accumulation * settings["world_size"]
     micro, accumulation = divide(global_batch, options.world_size, micro, options.batch_size)
     config |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
     args = read_json(run / "args.json") | {name: settings[name] for name in settings if " " not in name}
     args |= {"batch_size": micro, "gradient_accumulation_steps": accumulation, "output_dir": str(target)}
     args |= {"ds_config": str(target / "ds_config.json"), "zero_stage": stage, "overwrite": False, "resume": "auto"}
-    facts = {name: value for name, value in manifest.items() if name not in ("files", "settings")}
-    return {"script": script.right_script(config), "args": args, "config": config, "facts": facts,
-            "checkpoint": str(checkpoint.resolve()), "name": checkpoint.name,
-            "digest": settings["data and tokenizer"], "old": settings}  # fmt: skip
+    now = {"zero_stage": stage, "world_size": options.world_size, "batch_size": micro}
+    now |= {"gradient_accumulation_steps": accumulation}
+    return {
+        "script": script.right_script(config["zero_optimization"]),
+        "args": args | now,
+        "config": config,
+        "mark": mark | {"settings": settings | now},
+        "checkpoint": str(checkpoint.resolve()),
+        "name": checkpoint.name,
+        "old": settings,
+    }
 
 
 def continue_command(plan: dict, target: Path, ranks: int, script: ModuleType) -> list[str]:
@@ -307,7 +299,7 @@ def reshape(options: argparse.Namespace, target: Path, script: ModuleType) -> No
     plan, ranks = make_plan(options, target, script), options.world_size
     old, args, checkpoint = plan["old"], plan["args"], Path(plan["checkpoint"])
     stage, micro = args["zero_stage"], args["batch_size"]
-    if [stage, ranks, micro] == [old[name] for name in ("ZeRO stage", "world size", "batch_size")]:
+    if [stage, ranks, micro] == [old[name] for name in ("zero_stage", "world_size", "batch_size")]:
         raise ValueError(f"{options.run} has stage {stage}, {ranks} ranks and a micro batch of {micro} already")
     needed = 4 * sum(path.stat().st_size for path in checkpoint.iterdir())
     if (free := shutil.disk_usage(target.parent).free) < needed:
@@ -315,9 +307,9 @@ def reshape(options: argparse.Namespace, target: Path, script: ModuleType) -> No
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         folder = Path(name).resolve()
         (folder / "run" / "checkpoints").mkdir(parents=True)
-        script.write(folder / "config.json", plan["config"])
-        here = {"ds_config": str(folder / "config.json"), "shared_disk": True, "compile": False}
-        script.write(folder / "plan.json", plan | {"args": args | here})
+        script.write_json(folder / "config.json", plan["config"])
+        here = {"ds_config": str(folder / "config.json"), "compile": False, "device": "cpu"}
+        script.write_json(folder / "plan.json", plan | {"args": args | here})
         print(f"{checkpoint.name} of {options.run}: to {ranks} ranks at stage {stage} ...", file=sys.stderr)
         states = universal(checkpoint, folder / "states")
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
@@ -326,11 +318,11 @@ def reshape(options: argparse.Namespace, target: Path, script: ModuleType) -> No
         new = folder / "run" / "checkpoints" / checkpoint.name
         count = compare(states, universal(new, folder / "again"), common_state(checkpoint), common_state(new))
         lines = (options.run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= plan["facts"]["step"]]
-        script.write(folder / "run" / "metrics.jsonl", "".join(kept))
-        script.write(folder / "run" / "args.json", args)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= plan["mark"]["step"]]
+        (folder / "run" / "metrics.jsonl").write_text("".join(kept))
+        script.write_json(folder / "run" / "args.json", args)
         (folder / "run").rename(target)
-    if plan["facts"]["step"] >= args["max_steps"]:
+    if plan["mark"]["step"] >= args["max_steps"]:
         print(f"{options.run} has done all of its {args['max_steps']} steps: give a larger --max_steps")
     print(f"{target}: {count} tensors, weights and Adam's states, are equal bit for bit. Continue with\n"
           f"    {shlex.join(continue_command(plan, target, ranks, script))}")  # fmt: skip

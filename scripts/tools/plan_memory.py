@@ -1,9 +1,9 @@
 """Which ZeRO stage fits: bytes by stage of a model on so many ranks, beside the memory of GPUs and hosts.
 
-    python scripts/plan_memory.py --n_layer 24 --n_head 16 --d_model 1024 --block_size 1024 --ranks 4 --gpus 24
-    python scripts/plan_memory.py --parameters 7.5B --ranks 64 --gpus 80 --host_gib 1000 --link_gb_s 25
-    python scripts/plan_memory.py --parameters 1.5B --ranks 4 --ranks_per_host 2 --gpus 24,48
-    python scripts/plan_memory.py --ranks 4 --link_gb_s 1.2 --rank_tokens_per_second 9000 --scaling 1,2,4
+    python scripts/tools/plan_memory.py --n_layer 24 --n_head 16 --d_model 1024 --block_size 1024 --ranks 4 --gpus 24
+    python scripts/tools/plan_memory.py --parameters 7.5B --ranks 64 --gpus 80 --host_gib 1000 --link_gb_s 25
+    python scripts/tools/plan_memory.py --parameters 1.5B --ranks 4 --ranks_per_host 2 --gpus 24,48
+    python scripts/tools/plan_memory.py --ranks 4 --link_gb_s 1.2 --rank_tokens_per_second 9000 --scaling 1,2,4
 
 A row for each JSON of configs/, or of --ds_config; without --parameters the shape counts. It is arithmetic: no model is
 built. Columns, in GiB (2**30 bytes) of one rank where nothing else is said:
@@ -16,7 +16,7 @@ host           all ranks of a host: at the start (stages 0 to 2 build the model 
                states and the whole weights that each rank gathers then
 largest        the most parameters that fit the smallest GPU and host, with --activation_checkpointing
 
-What the sums rest on is in tests/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. On GPUs:
+What the sums rest on is in tests/unit/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. On GPUs:
 not measured.
 Left out, and covered by --reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. ZeRO gives all ranks equal
 shares, so of unlike GPUs the smallest decides. Communication counts bytes over a rank's slowest link: no latency, and
@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import hjson
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ("zero1", "zero2", "zero3", "zero_offload", "zero3_offload", "zero_infinity")
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a weight, an activation, a gradient
 GIB, SUFFIXES = 2**30, {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -151,22 +151,21 @@ class Activations(NamedTuple):
 def activations(model: Model, plan: Plan, *, dropout: float, checkpointing: bool) -> Activations:
     """Kept are 16 x width elements a token and block (norms' inputs 2, qkv's input 1, q, k and v 3, attention's output
     1, the feed-forward's 1 + 4 + 4), dropout's masks and a few fp32 statistics; with checkpointing each block's input;
-    and outside of the blocks the last norm's two sides and the gradient that LinearCrossEntropy takes at once."""
+    and outside of the blocks the last norm's two sides and the log-probabilities of the loss in fp32."""
     tokens, mask = plan.micro_batch * model.block_size, 1 if dropout else 0
     unit = tokens * model.d_model * WIDTH[plan.precision]
     block = 16 * unit + tokens * (2 * mask * model.d_model + 4 * model.n_head + 16)
-    inner, edge = model.n_layer * (unit if checkpointing else block), 3 * unit + mask * tokens * model.d_model
+    inner, edge = model.n_layer * (unit if checkpointing else block), 2 * unit + mask * tokens * model.d_model
+    edge += 4 * tokens * model.vocab_size
     return Activations(inner + edge, edge, block, 5 * unit)
 
 
 def logits(model: Model, plan: Plan) -> dict[str, float]:
-    """LinearCrossEntropy's working memory beside that. Forward: some rows' logits, their log-softmax in fp32, a copy on
-    the way there; the weight's gradient of these rows, and their sum in fp32. Backward: that sum, scaled, and a copy in
-    16 bits."""
-    width, tokens = WIDTH[plan.precision], plan.micro_batch * model.block_size
-    rows = min(tokens, 256 * (1 + model.vocab_size // 2**14))  # as in region model
-    forward = (width + 4 + (4 if width == 2 else 0)) * rows * model.vocab_size + (width + 4) * model.embedding
-    return {"forward": forward, "backward": (8 + width % 4) * model.embedding}
+    """Beside the log-probabilities. Forward: logits, and in 16 bits their copy in fp32. Backward: the gradient of the
+    logits in fp32, in 16 bits a copy, and the gradient of the head's weight."""
+    width, elements = WIDTH[plan.precision], plan.micro_batch * model.block_size * model.vocab_size
+    forward = (width + (4 if width == 2 else 0)) * elements
+    return {"forward": forward, "backward": (4 + (2 if width == 2 else 0)) * elements + width * model.embedding}
 
 
 def stays_gathered(model: Model, plan: Plan) -> float:

@@ -1,0 +1,60 @@
+"""The linter refuses what the scripts refuse, and warns of what does nothing."""
+
+import json
+
+import lint_config
+import pytest
+from conftest import ROOT
+from test_bad_input import AUTO, config
+
+
+def verdicts(text, tmp_path, monkeypatch, capsys, *words):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["lint_config.py", str(path), *words])
+    code = lint_config.main()
+    return code, capsys.readouterr().out
+
+
+ZERO = {"stage": 1, "stage3_prefetch_bucket_size": 5, "reduce_bucket_size": 500_000_000}
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "code", "message"),
+    [
+        (config(), (), 0, "for DeepSpeed-GPTLike-ZeRO-1.py, stage 1, precision bf16"),
+        (config(), ("--world_size", "4"), 0, "8 x 1 x 4 ranks = 32 sequences a step"),
+        (config(zero_optimization=ZERO), (), 0, "warn .*stage3_prefetch_bucket_size does nothing at stage 1"),
+        (
+            config(zero_optimization=ZERO),
+            (),
+            0,
+            "warn .*reduce_bucket_size of 500,000,000 elements is larger than the model",
+        ),
+        (config(zero_optimization=ZERO), ("--parameters", "7e9"), 0, "stage3_prefetch"),
+        (
+            config(zero_optimization={"stage": 3, "allgather_bucket_size": 5}),
+            (),
+            0,
+            "allgather_bucket_size does nothing at stage 3",
+        ),
+        (config(fp16={"loss_scale": "auto"}), (), 0, 'warn .*fp16.loss_scale stays "auto"'),
+        (AUTO, (), 0, '"lr": "auto" is taken as 0.0006'),
+        (config(zero_optimisation={}), (), 1, "FAIL .*unknown key zero_optimisation; did you mean zero_optimization"),
+        (config(train_batch_size=7), (), 1, "FAIL .*train_batch_size is not equal"),
+        ("{", (), 1, "FAIL .*is not what this run can take"),
+    ],
+)
+def test_rows(text, words, code, message, tmp_path, monkeypatch, capsys):
+    import re
+
+    found, out = verdicts(text, tmp_path, monkeypatch, capsys, *words)
+    assert found == code and re.search(message, out)
+
+
+def test_our_own_are_clean(monkeypatch, capsys):
+    paths = [str(path) for path in (ROOT / "configs").glob("*.json") if path.name != "zero_infinity.json"]
+    monkeypatch.setattr("sys.argv", ["lint_config.py", *paths])
+    assert lint_config.main() == 0
+    assert "warn" not in capsys.readouterr().out
+    assert json.loads((ROOT / "configs" / "zero1.json").read_text())["zero_optimization"]["stage"] == 1
