@@ -574,8 +574,7 @@ def catch_signals() -> list[int]:
 # region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
 NO_MEETING = """Usual causes, the likeliest first:
   the command was not started on every host, or with another number of hosts or a node rank given twice
-  a firewall closes the port, or the ports above 1024 that ranks open to each other
-  MASTER_ADDR is no address of the host of rank 0 that the others reach
+  MASTER_ADDR is not where the others reach rank 0; or a firewall closes the port, or those above 1024 between ranks
   NCCL or gloo took another interface: export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME on each host
 scripts/tools/network_check.py tells them apart."""
 
@@ -599,7 +598,6 @@ def start_distributed(args: Namespace) -> None:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     deepspeed.utils.set_log_level_from_string("warning")
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # calls of DeepSpeed
-    torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     try:
         args.rank, args.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         args.device = f"cuda:{args.local_rank}" if torch.cuda.is_available() else "cpu"
@@ -610,9 +608,8 @@ def start_distributed(args: Namespace) -> None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
     except (RuntimeError, ValueError) as error:
-        names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-        where = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UserError(f"cannot join the other ranks ({where}): {error}. {NO_MEETING}") from error
+        where = [f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+        raise UserError(f"cannot join the other ranks ({', '.join(where)}): {error}. {NO_MEETING}") from error
     args.world_size = dist.get_world_size()
 
 
@@ -726,8 +723,7 @@ def open_output(ds_config: dict, args: Namespace) -> None:
         claim_output(args)
     if not all(shared):  # then each host keeps all that its own ranks load
         ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
-    if args.rank == 0:
-        probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def newest_step(now: dict, args: Namespace) -> dict:
@@ -839,6 +835,7 @@ def main() -> None:
     args = parse_args(parser)
     start_distributed(args)
     ds_config = load_ds_config(args)
+    torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     corpus = load_corpus(args)
     data = TokenizedDataset(corpus.streams["train"], args.block_size)
     global_batch = args.batch_size * args.gradient_accumulation_steps * args.world_size
@@ -865,8 +862,7 @@ def main() -> None:
         Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
 
     caught, ledger = catch_signals(), {}
-    hidden = None if args.rank == 0 else True  # None: unless there is a terminal
-    bar = tqdm(total=args.max_steps, initial=step, unit="step", disable=hidden)
+    bar = tqdm(total=args.max_steps, initial=step, disable=None if args.rank == 0 else True)  # None: on a terminal
     first_step, clock_step, clock = step, step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume

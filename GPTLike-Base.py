@@ -630,7 +630,7 @@ def main() -> None:
     Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
 
     caught, ledger = catch_signals(), {}
-    bar = tqdm(total=args.max_steps, initial=step, unit="step", disable=None)  # shows on a terminal only
+    bar = tqdm(total=args.max_steps, initial=step, disable=None)  # shows on a terminal only
     first_step, clock_step, clock = step, step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Is this host fit to train, and do several hosts fit together? Prints the tutorial's five lines, then one verdict a line:
+# Is this host fit to train, and do several fit together? Prints the tutorial's five lines, then one verdict a line:
 # ok|warn|FAIL  name  found  wanted  fix. Exit 0: fine, warnings allowed; 1: a FAIL; 2: wrong usage.
 # Usage: scripts/check_env.sh [--json]                        this host; also ssh HOST bash -s < scripts/check_env.sh
 #        scripts/check_env.sh [--json] --host USER@HOST...    and these over ssh, compared with this one
@@ -14,29 +14,17 @@ SELF=${BASH_SOURCE[0]:-} US=$'\x1f' PY="" ROWS=() GPUS=0 GPU_NAMES="" DRIVER="" 
 # Rows are "host NAME", "line TEXT" and "row VERDICT NAME FOUND WANTED FIX", with US between the fields.
 row() { ROWS+=("row$(printf "$US%s" "${@//[^ -~]/ }")"); }
 
-limited() { # SECONDS COMMAND...: where there is a `timeout`
-  local seconds=$1
-  shift
-  if command -v timeout >/dev/null; then timeout -k 5 "$seconds" "$@"; else "$@"; fi
-}
-
-find_python() { # PYTHON, and no other in its place; else .venv of this repository; else what there is
-  local name venv=./.venv/bin/python
-  if [[ -f $SELF && $SELF == */* ]]; then venv=${SELF%/*}/../.venv/bin/python; fi
-  for name in "${PYTHON:-$venv}" ${PYTHON:-python3} ${PYTHON:-python}; do
-    if PY=$(command -v -- "$name"); then return; fi
-  done
-}
+command -v timeout >/dev/null || timeout() { shift; "$@"; } # SECONDS COMMAND...
 
 check_gpus() {
   local text="" status=0 line
-  if command -v nvidia-smi >/dev/null; then text=$(limited 20 nvidia-smi -L 2>&1) || status=$?; fi
+  if command -v nvidia-smi >/dev/null; then text=$(timeout 20 nvidia-smi -L 2>&1) || status=$?; fi
   while read -r line; do
     if [[ $line =~ ^GPU\ [0-9]+:\ (.*)\ \(UUID ]]; then GPUS=$((GPUS + 1)) GPU_NAMES+="${BASH_REMATCH[1]}, "; fi
   done <<< "$text"
   if [[ $GPUS != 0 ]]; then
     row ok GPUs "${GPU_NAMES%, }" any ""
-    DRIVER=$(limited 20 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || DRIVER=""
+    DRIVER=$(timeout 20 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || DRIVER=""
     DRIVER=${DRIVER%%$'\n'*}
   elif [[ -n $text && $status != 0 && $status != 6 ]]; then # 6: no device
     row FAIL GPUs "nvidia-smi fails: ${text##*$'\n'}" "a driver that answers" "reboot after an update of the driver"
@@ -45,19 +33,11 @@ check_gpus() {
   fi
 }
 
-ask_nvcc() { # NVCC: its line with the release
-  local name text
-  for name in ${CUDA_HOME:+"$CUDA_HOME/bin/nvcc"} nvcc /usr/local/cuda/bin/nvcc; do
-    text=$(limited 20 "$name" --version 2>/dev/null) || continue
-    if [[ $text =~ [^$'\n']*release[^$'\n']* ]]; then NVCC=${BASH_REMATCH[0]}; return; fi
-  done
-}
-
 ask_python() { # one call for all that Python finds out more simply than bash; prints rows
-  limited 90 "$PY" - "$GPUS" "$GPU_NAMES" "$DRIVER" "$NVCC" 2>/dev/null << 'PROBE'
-import fcntl, glob, ipaddress, os, platform, re, shutil, socket, struct, subprocess, sys, urllib.request
+  timeout 90 "${PY:-python3}" - "$GPUS" "$GPU_NAMES" "$DRIVER" 2>/dev/null << 'PROBE'
+import fcntl, glob, ipaddress, os, platform, re, shutil, socket, struct, sys, urllib.request
 from importlib import metadata
-gpus, gpu_names, driver, nvcc, env = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], os.environ.get
+gpus, gpu_names, driver, env = int(sys.argv[1]), sys.argv[2], sys.argv[3], os.environ.get
 def row(verdict, name, found, wanted, fix=""):
     words = ("row", verdict, name, found, wanted, "" if verdict == "ok" else fix)
     print("\x1f".join(re.sub("[^ -~]", " ", str(word)) for word in words), flush=True)
@@ -83,33 +63,27 @@ if gpus:
     wheel = "cu130" if major(driver) >= 580 else "cu128" if major(driver) >= 525 else "cpu"
     wheel = "pip install torch --index-url https://download.pytorch.org/whl/" + wheel
     least = {"11": 450, "12": 525}.get(cuda.split(".")[0], 580)  # NVIDIA: minor version compatibility
-    judge(major(driver) >= least, "GPU driver", driver or "not known", ">= %d for CUDA %s" % (
-        least, "13, as PyPI's torch" if cuda == "none" else cuda), "update the driver, or take the wheel for it: " + wheel,
-        "FAIL" if driver else "warn")
+    judge(major(driver) >= least, "GPU driver", driver or "not known",
+          ">= %d for CUDA %s" % (least, "13, as PyPI's torch" if cuda == "none" else cuda),
+          "update the driver, or take the wheel that fits it: " + wheel, "FAIL" if driver else "warn")
     hidden = env("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     judge(seen, "torch's CUDA", cuda, "torch.cuda.is_available()", "unset CUDA_VISIBLE_DEVICES" if hidden else
           "the driver is too old, no /dev/nvidia* in here, or a torch for CPUs: " + wheel, "warn" if hidden else "FAIL")
-    release = re.search(r"release (\d+)\.", nvcc)
-    judge(release and release.group(1) == cuda.split(".")[0], "CUDA toolkit", nvcc, cuda + ", as torch",
-          "DeepSpeed's GPU ops do not compile, the scripts need none: install that toolkit, set CUDA_HOME")
     if "GeForce" in gpu_names and gpus > 1:
         judge(env("NCCL_P2P_DISABLE") == "1", "P2P of GPUs", "GeForce", "NCCL_P2P_DISABLE=1",
               "if the first step hangs: export NCCL_P2P_DISABLE=1")
-try:
-    compiler = subprocess.check_output(["c++", "-dumpfullversion", "-dumpversion"], universal_newlines=True).strip()
-except (OSError, subprocess.CalledProcessError):
-    compiler = "none"
-judge(major(compiler) >= 9, "g++", compiler, ">= 9", "DeepSpeed's ops do not compile: apt-get install g++ python3-dev")
+judge(shutil.which("c++"), "g++", shutil.which("c++") or "none", "any",
+      "DeepSpeed's ops do not compile, PyTorch's are taken: apt-get install g++ python3-dev")
 cache = os.path.join(env("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions", "py%d%d_*")
 ops = env("TORCH_EXTENSIONS_DIR") or cache % sys.version_info[:2]
 built, locks = sorted(path.split("/")[-1][:-3] for path in glob.glob(ops + "/*/*.so")), glob.glob(ops + "/*/lock")
-judge("cpu_adam" in built and not locks, "compiled ops", "locked: " + locks[0] if locks else " ".join(built) or "none",
-      "cpu_adam", "delete the lock if nothing compiles now" if locks else "scripts/setup.sh, or a minute in the first run")
+judge("cpu_adam" in built and not locks, "compiled ops", " ".join(locks or built) or "none", "cpu_adam, no lock",
+      "scripts/setup.sh, or a minute in the first run; delete a lock if nothing compiles now")
 free = int(re.search(r"MemAvailable: +(\d+)", open("/proc/meminfo").read()).group(1)) * 1024
 for path in glob.glob("/sys/fs/cgroup/memory.max") + glob.glob("/sys/fs/cgroup/memory/memory.limit_in_bytes"):
     free = min([free] + [int(word) for word in open(path).read().split() if word.isdigit()])  # of a container
 for name, found, warn, fail, fix in (
-    ("memory", free, 8192, 1024, "fewer ranks, a smaller model, no offload to the CPU, or a higher limit of the container"),
+    ("memory", free, 8192, 1024, "fewer ranks, a smaller model, no offload, or a higher limit of the container"),
     ("/dev/shm", shutil.disk_usage("/dev/shm").free, 512, 64, "docker run --shm-size=1g"),
     ("disk", shutil.disk_usage(".").free, 10240, 1024, "delete old checkpoints, or --output_dir on another disk"),
 ):
@@ -146,9 +120,6 @@ if master:
               "who reaches the port can join the run: take a private address, or close the port with a firewall")
     except (OSError, UnicodeError) as error:
         row("FAIL", "route to master", "%s: %s" % (master, error), "an address with a route", "mend MASTER_ADDR")
-    proxies = [name for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY") if env(name)]
-    judge(not proxies or urllib.request.proxy_bypass(master), "proxies", " ".join(proxies) or "none",
-          "MASTER_ADDR in NO_PROXY", "export NO_PROXY=$NO_PROXY,%s, and no_proxy" % master)
 try:
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,13 +141,14 @@ PROBE
 check_host() {
   local text status=0 lines=()
   check_gpus
-  ask_nvcc
+  text=$({ timeout 20 "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" --version || timeout 20 nvcc --version; } 2>&1) || :
+  [[ ! $text =~ [^$'\n']*release[^$'\n']* ]] || NVCC=${BASH_REMATCH[0]}
   ROWS=("line$US===== Host: $(uname -n) =====" "line${US}GPU Count: $GPUS" "line${US}CUDA Version: $NVCC" "${ROWS[@]}")
-  if [[ -n $PY ]]; then text=$(ask_python) || status=$?; else text="" status="no Python"; fi
+  text=$(ask_python) || status=$?
   mapfile -t lines <<< "$text"
   [[ -z $text ]] || ROWS+=("${lines[@]}")
   [[ $text == *"line$US"* ]] || ROWS+=("line${US}PyTorch Version: none" "line${US}CUDA Available: False")
-  [[ $status == 0 ]] || row FAIL Python "${PY:-none}, exit $status" "3.11 with torch" "install it, set PYTHON, or setup.sh"
+  [[ $status == 0 ]] || row FAIL Python "${PY:-none}: exit $status" "3.11, torch" "install it, or set PYTHON"
 }
 
 check_peer() { # HOST PORT LISTEN SECONDS: listens, and comes to the other host's port until both have met
@@ -190,20 +162,88 @@ def serve():
         met["incoming"] = server.accept()[1][0]
 try:
     server = socket.create_server(("", listen))
-    threading.Thread(target=serve, daemon=True).start()
-    print("waiting %d s: run check_env.sh --peer THIS_HOST:%d there now" % (seconds, listen), file=sys.stderr)
 except OSError as error:
-    met["incoming"], end = "", print("\x1f".join(("row", "FAIL", "port", "%d: %s" % (listen, error), "free", ""))) or 0
+    sys.exit(print("\x1f".join(("row", "FAIL", "port", "%d: %s" % (listen, error), "free", "take another port"))))
+threading.Thread(target=serve, daemon=True).start()
+print("waiting %d s: run check_env.sh --peer THIS_HOST:%d there now" % (seconds, listen), file=sys.stderr)
 while time.time() < end and len(met) < 2:
     try:
-        socket.create_connection((host, port), timeout=3).close()
+        with socket.create_connection((host, port), timeout=3) as link:
+            if listen == port and link.getsockname()[0] == link.getpeername()[0]:
+                raise OSError("that is this host itself")
         met["outgoing"] = "%s:%d" % (host, port)
     except (OSError, UnicodeError) as error:
         reason = "%s:%d: %s" % (host, port, error)
     time.sleep(0.3)
 for name, found in ("outgoing", reason), ("incoming", "nobody came to %d" % listen):
-    print("\x1f".join(("row", "ok" if name in met else "FAIL", name, met.get(name, found), "a connection", "" if name in met
-          else "causes: the command was not started there; a firewall; a wrong address or interface")))
+    fix = "" if name in met else "causes: the command was not started there; a firewall; a wrong address or interface"
+    print("\x1f".join(("row", "FAIL" if fix else "ok", name, met.get(name, found), "a connection", fix)))
 PEER
   )
 }
+
+check_other() { # USER@HOST: its rows, by this script over ssh
+  local options=() words=() text status=0 rows=()
+  read -ra options <<< "${SSH_OPTIONS:-}" || :
+  [[ ! ${MASTER_ADDR:-} =~ ^[A-Za-z0-9_.:-]+$ ]] || words=("MASTER_ADDR=$MASTER_ADDR")
+  text=$(timeout 150 ssh -o BatchMode=yes -o ConnectTimeout=10 ${options[@]+"${options[@]}"} -- "$1" \
+    env ${words[@]+"${words[@]}"} bash -s -- --rows < "$SELF" 2>&1) || status=$?
+  mapfile -t rows < <(grep -aE "^(row|line)$US" <<< "$text")
+  ROWS+=("host$US$1" ${rows[@]+"${rows[@]}"})
+  [[ ${#rows[@]} != 0 && $status -le 1 ]] || row FAIL ssh "exit $status: ${text##*$'\n'}" "a shell, no password" \
+    "ssh-copy-id $1; SSH_OPTIONS=\"-p PORT -i KEY\"; a firewall; try: ssh $1 bash -s < scripts/check_env.sh"
+}
+
+show() { # text|json: of several hosts also how they differ from the first; fails if a verdict is FAIL
+  printf '%s\n' "${ROWS[@]}" | "$PY" -c 'import json, re, sys
+hosts, keys = [], ("verdict", "name", "found", "wanted", "fix")
+for text in sys.stdin.read().splitlines():
+    kind, *words = [re.sub("[^ -~]", "?", word) for word in text.split("\x1f")]
+    if kind == "host":
+        hosts.append({"host": words[0], "lines": [], "checks": []})
+    hosts[-1]["lines"] += words if kind == "line" else []
+    hosts[-1]["checks"] += [dict(zip(keys, words))] if kind == "row" else []
+for name in "Python", "torch", "deepspeed", "transformers", "datasets":
+    found = ["".join(row["found"] for row in host["checks"] if row["name"] == name).split(" ")[0] for host in hosts]
+    for host, there in zip(hosts, found):
+        words = "FAIL", "same " + name, "%s, here %s" % (there or "none", found[0] or "none"), "equal", "install that"
+        host["checks"] += [dict(zip(keys, words))] if there != found[0] else []
+for host in hosts if sys.argv[1] == "text" else []:
+    wide = [max([len(row[key]) for row in host["checks"]] or [0]) for key in keys[:4]]
+    print("\n".join(host["lines"] or ["===== Host: %s =====" % host["host"]]))
+    for row in host["checks"]:
+        print("  ".join([row[key].ljust(width) for key, width in zip(keys, wide)] + [row["fix"]]).rstrip())
+if sys.argv[1] == "json":
+    print(json.dumps(dict(hosts[0], hosts=hosts[1:]), indent=1))
+sys.exit(any(row["verdict"] == "FAIL" for host in hosts for row in host["checks"]))' "$1"
+}
+
+main() {
+  local form=text peer=() hosts=() listen="" seconds=60 name root=.
+  while (($#)); do
+    case $1 in
+      --json | --rows) form=${1#--} ;;
+      --host) while [[ ${2:-} =~ ^[A-Za-z0-9_][A-Za-z0-9_.@:-]*$ ]]; do hosts+=("$2"); shift; done
+        [[ ${#hosts[@]} != 0 && -r $SELF ]] || die "--host needs USER@HOST, and this script as a file" 2 ;;
+      --peer) [[ ${2:-} =~ ^([A-Za-z0-9][A-Za-z0-9.-]*):([0-9]{1,5})$ ]] || die "--peer ${2:-}: write HOST:PORT" 2
+        peer=("${BASH_REMATCH[@]:1}"); shift ;;
+      --listen) [[ ${2:-} =~ ^[0-9]{1,5}$ ]] || die "--listen ${2:-}: write a port" 2; listen=$2; shift ;;
+      --timeout) [[ ${2:-} =~ ^[0-9]{1,5}$ ]] || die "--timeout ${2:-}: write seconds" 2; seconds=$2; shift ;;
+      *) die "unknown word $1: write --json, --host, --peer, --listen or --timeout" 2 ;;
+    esac
+    shift
+  done
+  [[ $SELF != */* ]] || root=${SELF%/*}/..
+  for PY in "${PYTHON:-$root/.venv/bin/python}" ${PYTHON:-python3} ${PYTHON:-python} ""; do
+    if [[ -z $PY ]] || command -v -- "$PY" >/dev/null; then break; fi
+  done
+  if [[ ${#peer[@]} != 0 ]]; then check_peer "${peer[@]}" "${listen:-${peer[1]}}" "$seconds"; else check_host; fi
+  ROWS=("host$US$(uname -n)" "${ROWS[@]}")
+  for name in ${hosts[@]+"${hosts[@]}"}; do check_other "$name"; done
+  if [[ $form == rows ]]; then printf '%s\n' "${ROWS[@]}"; return; fi
+  if "${PY:-false}" -c pass 2>/dev/null; then show "$form"; return; fi
+  printf '%s\n' "${ROWS[@]#*"$US"}" | tr "$US" ' ' # no Python: plain rows
+  return 1
+}
+
+main "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Two hosts on one Linux machine: two network namespaces with the tutorial's interface eno1 and addresses 172.25.0.100 and
-# 172.25.0.200, own host names, folders and caches and no shared disk, in which the tutorial's two torchrun commands run.
+# Two hosts on one Linux machine: two network namespaces with the tutorial's interface eno1 and addresses 172.25.0.100
+# and 172.25.0.200, own host names, folders and caches, no shared disk. The tutorial's two torchrun commands run there.
 # On CPU ranks, as root or through unprivileged user namespaces. All of it goes when this ends, also by Ctrl-C.
 # Usage: scripts/rehearse_multihost.sh [--drill NAME] [--output DIR] [TRAINING_FLAGS...]
-#   --drill   plain (default), host-lost, port-blocked, wrong-interface, split-disks, version-mismatch, slow-link,
-#             elastic (a killed rank is restarted), hostfile (deepspeed over ssh; needs sshd, pdsh and root), all
+#   --drill   plain (default), host-missing, host-lost, split-disks, version-mismatch, elastic (a killed rank is
+#             restarted), all
 #   --output  keep the hosts' folders and logs there; without it they are deleted
 set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
-DRILLS=(plain host-lost port-blocked wrong-interface split-disks version-mismatch slow-link elastic hostfile)
+DRILLS=(plain host-missing host-lost split-disks version-mismatch elastic)
 
 # A host: a process that holds its own network, host name and, at the path that all hosts have, folder. Its PID comes
 # back in REPLY.
@@ -35,7 +35,7 @@ inside() {
   ip link add to-node0 type veth peer name to-node1
   make_host node0 172.25.0.100 "$folder"; pids+=("$REPLY")
   make_host node1 172.25.0.200 "$folder"; pids+=("$REPLY")
-  "$python" "${BASH_SOURCE[0]%/*}/rehearsal.py" --folder "$folder" --hosts "${pids[@]}" "$@"
+  "$python" "${BASH_SOURCE[0]%/*}/dev/rehearsal.py" --folder "$folder" --hosts "${pids[@]}" "$@"
 }
 
 main() {

@@ -31,12 +31,12 @@ main() {
   if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
   [[ "${1:-}" == *.py && "$1" != -* && -f "$1" ]] || die "no such script: ${1:-(none given)}; there are: $(
     cd "$root" && printf '%s ' ./*GPTLike*.py | sed 's|\./||g')" 2
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
   if [[ "${1##*/}" == GPTLike-Base.py ]]; then
     [[ "${NUM_GPUS:-1}" == 1 ]] || die "GPTLike-Base.py trains in one process, NUM_GPUS=$NUM_GPUS: unset it" 2
     cmd=(python "$@")
   else
     [[ "$port" =~ ^[1-9][0-9]{0,4}$ && "$port" -le 65535 ]] || die "MASTER_PORT=$port is no port" 2
-    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
     devices=$(which_devices "$gpus")
     [[ -z "$devices" ]] || mapfile -t cmd <<< "$devices"
     cmd=(deepspeed --quiet "${cmd[@]}" --master_port "$port" "$@")
@@ -45,11 +45,11 @@ main() {
   if "$dry_run"; then return; fi
   [[ ! -x "$root/.venv/bin/python" ]] || export PATH="$root/.venv/bin:$PATH"
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
-  [[ "${CUDA_VISIBLE_DEVICES:-}" == "" || "${gpus:-1}" != 0 ]] ||
+  [[ "${CUDA_VISIBLE_DEVICES:-}" == "" || "$gpus" != 0 ]] ||
     die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES, but nvidia-smi lists no GPU: unset it to run on CPU ranks"
   # The launcher, too, would guess the device, and warn of its guess; where an AMD GPU is, it finds that.
-  [[ "${gpus:-1}" != 0 || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-  if [[ "${gpus:-0}" == 0 ]]; then # have glibc keep freed memory for the next tensors: a step is a fifth faster or more
+  [[ "$gpus" != 0 || -e /dev/kfd ]] || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  if [[ "$gpus" == 0 ]]; then # glibc is to keep freed memory for the next tensors: a step is a fifth faster, or more
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"
   fi
   exec "${cmd[@]}"

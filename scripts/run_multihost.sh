@@ -1,149 +1,89 @@
 #!/usr/bin/env bash
 # Start a training script on several hosts: this command on each of them, or with --launcher deepspeed on one for all.
-# Usage: scripts/run_multihost.sh [FLAGS] [--] SCRIPT [SCRIPT_ARGS...]
-#   --dry_run             print what would be set and run     --no_roll_call: where another host runs torchrun by hand
-#   --elastic             c10d rendezvous; NNODES may be MIN:MAX; --max-restarts N: restart the ranks so often
+# Usage: scripts/run_multihost.sh [--dry_run] [FLAGS] SCRIPT [SCRIPT_ARGS...]     other flags are for the launcher
+#   --elastic             torchrun's c10d rendezvous; NNODES may be MIN:MAX, and --max-restarts N restarts the ranks
 #   --launcher deepspeed  the hosts and ranks of --hostfile FILE (configs/hostfile), started over ssh by pdsh, after
 #                         --venv_script FILE is sourced there; with --no_ssh each host starts its own, as torchrun does
 # environment: MASTER_ADDR (first host)   NODE_RANK=0,1,.. (this host)   NNODES=2   MASTER_PORT=29500   RDZV_ID=gptlike
 #   GPUS_PER_HOST (ranks here: CUDA_VISIBLE_DEVICES or all GPUs, else 1)   RDZV_TIMEOUT=300 (seconds to wait for hosts)
-# Example: MASTER_ADDR=172.25.0.100 NODE_RANK=0 scripts/run_multihost.sh DeepSpeed-GPTLike-Multihosts.py --epochs 1
 set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
-hosts() { python3 -I "$ROOT/scripts/hosts.py" "$@"; }
-number() {
-  [[ "$2" =~ ^(0|[1-9][0-9]{0,4})$ && "$2" -ge $3 && "$2" -le $4 ]] || die "$1=$2 is no number from $3 to $4" 2
+need() { [[ "${!1}" =~ ^($2)$ ]] || die "$1=${!1}: write $3" 2; } # NAME PATTERN WORDS
+choose() { # NAME VALUE WHY
+  if [[ -v "$1" ]]; then echo "kept $1=${!1}, since it was set"; else export "$1=$2"; echo "chose $1=$2: $3"; fi
 }
 
-choose() {
-  if [[ -v "$1" ]]; then echo "kept $1=${!1}, since it was set"; return; fi
-  export "$1=$2"
-  echo "chose $1=$2: $3"
+choose_network() { # the interface that leads to MASTER_ADDR
+  local address route own
+  address=$(getent ahosts "$MASTER_ADDR") || die "MASTER_ADDR=$MASTER_ADDR does not resolve: write an address"
+  address=${address%%[[:space:]]*}
+  [[ "$address" != 127.* || "$MASTER_ADDR" =~ ^(127\.|localhost$) ]] ||
+    die "MASTER_ADDR=$MASTER_ADDR resolves to $address, which other hosts cannot reach: write its address"
+  own=$(ip -o address show to "$address") || die "no ip here, which finds the interface: apt-get install iproute2"
+  route=$(ip -o route get "$address" 2>&1) || die "no route to MASTER_ADDR=$MASTER_ADDR: $route"
+  [[ -n "$own" || "$NODE_RANK" != 0 ]] || die "MASTER_ADDR=$MASTER_ADDR is not this host, but NODE_RANK=0 must be"
+  IS_HOST=$([[ -n "$own" ]] && echo 1 || echo 0)
+  [[ ! "$route" =~ \ src\ ([^ ]+) ]] || HERE=${BASH_REMATCH[1]}
+  [[ "${own:-$route}" =~ ^[0-9]+:\ ([^ ]+)|\ dev\ ([^ ]+) ]] && route=${BASH_REMATCH[1]:-${BASH_REMATCH[2]}}
+  choose NCCL_SOCKET_IFNAME "=$route" "it leads to $MASTER_ADDR" # NCCL: = is exact
+  choose GLOO_SOCKET_IFNAME "$route" "it leads to $MASTER_ADDR"
+  [[ -d /sys/class/infiniband ]] || choose NCCL_IB_DISABLE 1 "no InfiniBand in /sys/class/infiniband"
 }
 
-choose_network() { # interfaces with commas; whether a host has InfiniBand; why
-  choose NCCL_SOCKET_IFNAME "=$1" "$3"
-  if [[ "$1" != *,* ]]; then choose GLOO_SOCKET_IFNAME "$1" "$3"; fi
-  if [[ "$2" == no ]]; then choose NCCL_IB_DISABLE 1 "no InfiniBand device in /sys/class/infiniband"; fi
-}
-
-# Sets FLAG and SCRIPT_ARGS, and MODE: static and elastic are torchrun's, pdsh and no_ssh the deepspeed launcher's.
-read_flags() {
-  local name
-  local -A goes_with=([elastic]=elastic [max-restarts]=elastic [hostfile]="pdsh no_ssh" [venv_script]=pdsh)
-  while [[ "${1:-}" == -* ]]; do
-    case "$1" in
-      --) shift; break ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-      --dry_run | --no_roll_call | --elastic | --no_ssh) FLAG[${1#--}]=yes ;;
-      --launcher | --hostfile | --venv_script | --max-restarts)
-        [[ -n "${2:-}" ]] || die "$1 needs a value" 2; FLAG[${1#--}]=$2; shift ;;
-      *) die "unknown flag $1; the training script's own flags come after its name" 2 ;;
-    esac
-    shift
-  done
-  case "${FLAG[launcher]:-torchrun} ${FLAG[no_ssh]:-}" in
-    "torchrun ") [[ -n "${FLAG[elastic]:-}" ]] && MODE=elastic || MODE=static ;;
-    "deepspeed ") MODE=pdsh ;;
-    "deepspeed yes") MODE=no_ssh ;;
-    *) die "--launcher is torchrun or deepspeed, and --no_ssh is for deepspeed only" 2 ;;
-  esac
-  for name in "${!FLAG[@]}"; do
-    [[ " ${goes_with[$name]:-$MODE} " == *" $MODE "* ]] || die "--$name does not go with the $MODE launch" 2
-  done
-  [[ "${1:-}" == *.py && "$1" != -* && -f "$1" ]] || die "no such script: ${1:-(none given)}" 2
-  SCRIPT_ARGS=("$@")
-}
-
-# pdsh hands words to the shells of the hosts without quotes.
-prepare_pdsh() {
-  local word answer iface infiniband versions
-  [[ -z "${FLAG[venv_script]:-}" ]] || FLAG[venv_script]=$(realpath -sm -- "${FLAG[venv_script]}")
-  for word in "$PWD" "${FLAG[venv_script]:-.}" "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_@+=:,./\ -]+$ && "$PWD${FLAG[venv_script]:-}$1" != *" "* ]] ||
-      die "${word@Q}: with pdsh the shells of the hosts would change this; start with --no_ssh or torchrun" 2
-  done
-  if [[ -n "${FLAG[dry_run]:-}" ]]; then echo "not yet asked: the hosts, for interface and versions"; return; fi
-  command -v pdsh >/dev/null || die "no pdsh here (Debian and Ubuntu: apt-get install pdsh), or start with --no_ssh"
-  answer=$(hosts ask "$MASTER_ADDR" "$PORT" "$PWD" "$1" "${FLAG[venv_script]:-}" "$(command -v python)" "${HOSTS[@]}")
-  read -r iface infiniband versions <<< "$answer" && echo "all hosts answer: $versions"
-  choose_network "$iface" "$infiniband" "the hosts' own way to $MASTER_ADDR"
-  [[ "$iface" != *,* ]] || echo "chose no GLOO_SOCKET_IFNAME: it is one name for all hosts, and theirs are $iface"
-  answer=$(mktemp)
-  exec 9<> "$answer" && rm "$answer" # DeepSpeed reads it through descriptor 9, and no file stays behind
-  hosts deepspeed_env >&9
-  export DS_ENV_FILE=/proc/self/fd/9
-}
-
-count_ranks() {
-  local ids=()
-  IFS=, read -ra ids <<< "${CUDA_VISIBLE_DEVICES:-}"
-  [[ ${#ids[@]} != 0 || -v CUDA_VISIBLE_DEVICES ]] || mapfile -t ids < <(nvidia-smi -L 2>/dev/null | grep '^GPU ')
-  ranks=${GPUS_PER_HOST:-$((${#ids[@]} ? ${#ids[@]} : 1))}
-  number GPUS_PER_HOST "$ranks" 1 9999
-}
-
-# Without is_host torchrun looks whether its host's name resolves to MASTER_ADDR, without --local_addr the others get
-# that name to reach rank 0; without read_timeout they give up after 60 s.
-elastic_command() {
-  local conf="join_timeout=$limit,read_timeout=$limit" id=${RDZV_ID:-gptlike}
-  [[ "$id" =~ ^[A-Za-z0-9._-]+$ ]] || die "RDZV_ID=$id: write letters, digits, dots, dashes" 2
-  [[ -n "$rank" || "$address" =~ ^(127\.|::1$) ]] || rank=$([[ "$own" == yes ]] && echo 0 || echo 1)
-  [[ -z "$rank" ]] || conf="is_host=$((rank == 0)),$conf"
-  cmd=(torchrun "--nnodes=$nodes" "--nproc_per_node=$ranks" --rdzv_backend=c10d "--rdzv_endpoint=$MASTER_ADDR:$PORT"
-    "--rdzv_id=$id" "--rdzv_conf=$conf" "--local_addr=$from"
-    ${FLAG[max-restarts]:+"--max-restarts=${FLAG[max-restarts]}"})
-  number --max-restarts "${FLAG[max-restarts]:-0}" 0 9999
-  nodes=0 # no roll call: hosts come and go
+write_deepspeed_env() { # pdsh hands on NCCL* and PYTHON* only; DeepSpeed reads a file for the rest
+  DS_ENV_FILE=$(mktemp) && exec 9<> "$DS_ENV_FILE" && rm "$DS_ENV_FILE" && export DS_ENV_FILE=/proc/self/fd/9
+  { env | grep -E '^(NCCL_|GLOO_|HF_|MALLOC_)[A-Z_]*=[A-Za-z0-9_@+=:,./-]+$' | grep -v TOKEN
+    cat "$HOME/.deepspeed_env" .deepspeed_env 2>/dev/null | grep -E '^[A-Za-z_]+='; } >&9 || :
 }
 
 main() {
-  local ROOT MODE SCRIPT_ARGS HOSTS PORT=${MASTER_PORT:-29500} nodes=${NNODES:-2} rank=${NODE_RANK:-}
-  local way own iface from infiniband address lines plan="NNODES=$nodes" ranks limit=${RDZV_TIMEOUT:-300} cmd
-  local -A FLAG=()
-  ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  read_flags "$@"
-  [[ ! -x "$ROOT/.venv/bin/python" ]] || export PATH="$ROOT/.venv/bin:$PATH"
-  number MASTER_PORT "$PORT" 1 65535
-  number RDZV_TIMEOUT "$limit" 1 99999
-  if [[ "$MODE" == pdsh || "$MODE" == no_ssh ]]; then
-    [[ -z "${CUDA_VISIBLE_DEVICES:-}" ]] || die "the deepspeed launcher takes the first GPUs of each host, as many as \
-slots, and ignores CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: unset it, or start with torchrun" 2
-    way=$(hosts hostfile "${FLAG[hostfile]:=configs/hostfile}")
-    mapfile -t lines <<< "$way"
-    HOSTS=("${lines[@]%% *}")
-    nodes=${#HOSTS[@]}
-    [[ "${NNODES:-$nodes}" == "$nodes" ]] || die "NNODES=$NNODES, but ${FLAG[hostfile]} names $nodes hosts" 2
-    MASTER_ADDR=${MASTER_ADDR:-${HOSTS[0]#*@}} plan="hosts ${lines[*]}" ranks="as the hostfile says"
-  else
-    [[ "$MODE" == elastic ]] || number NNODES "$nodes" 1 9999 # no range
-    number NNODES "${nodes%%:*}" 1 9999 && number NNODES "${nodes#*:}" "${nodes%%:*}" 9999
-    count_ranks
+  local dry_run=false mode=torchrun hostfile=configs/hostfile words=() gpus ids=() cmd name
+  : "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}" "${NNODES:=2}" "${NODE_RANK:=}" "${RDZV_TIMEOUT:=300}"
+  while [[ $# -gt 0 && "$1" != *.py ]]; do
+    case "$1" in
+      --dry_run) dry_run=true ;;
+      --elastic) mode=elastic ;;
+      --launcher) [[ "$mode" == no_ssh ]] || mode=${2:-}; shift ;;
+      --hostfile) hostfile=${2:-}; shift ;;
+      --launcher=* | --hostfile=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+      --no_ssh) mode=no_ssh words+=(--no_ssh --node_rank "$NODE_RANK") ;;
+      *) words+=("$1") ;;
+    esac
+    shift || die "the last flag needs a value" 2
+  done
+  [[ -f "${1:-}" ]] || die "no such script: ${1:-(none given)}" 2
+  [[ "$mode" =~ ^(torchrun|elastic|deepspeed|no_ssh)$ ]] || die "--launcher is torchrun or deepspeed" 2
+  PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH" # where there is one
+  IFS=, read -ra ids <<< "${CUDA_VISIBLE_DEVICES:-}"
+  [[ -v CUDA_VISIBLE_DEVICES ]] && gpus=${#ids[@]} || gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+  : "${GPUS_PER_HOST:=$((gpus > 0 ? gpus : 1))}"
+  for name in MASTER_PORT GPUS_PER_HOST RDZV_TIMEOUT; do need "$name" '[1-9][0-9]{0,4}' "a number"; done
+  need NNODES "[1-9][0-9]{0,3}$([[ $mode != elastic ]] || echo '(:[1-9][0-9]{0,3})?')" "the number of hosts"
+  [[ "$mode" =~ ^(elastic|deepspeed)$ ]] || need NODE_RANK '0|[1-9][0-9]{0,3}' "0 on the first host, 1 on the next"
+  [[ "$mode" == deepspeed || "${NODE_RANK:-0}" -lt "${NNODES#*:}" ]] || die "NODE_RANK=$NODE_RANK, NNODES=$NNODES" 2
+  if [[ "$mode" == deepspeed || "$mode" == no_ssh ]]; then
+    [[ -f "$hostfile" ]] || die "no hostfile $hostfile: copy configs/hostfile.example there, with your hosts in it"
+    [[ -z "${CUDA_VISIBLE_DEVICES:-}" ]] || die "deepspeed takes each host's first GPUs: unset CUDA_VISIBLE_DEVICES" 2
+    MASTER_ADDR=${MASTER_ADDR:-$(sed -nE '/^[^# ]+ +slots=/{s/^(.*@)?([^ ]+) .*/\2/p;q}' "$hostfile")}
   fi
-  [[ "$MODE" == pdsh || "$MODE$rank" == elastic ]] || number NODE_RANK "$rank" 0 "$((${nodes#*:} - 1))"
-  [[ "${MASTER_ADDR:-}" =~ ^[A-Za-z0-9:][A-Za-z0-9._:-]*$ ]] ||
-    die "MASTER_ADDR=${MASTER_ADDR:-} is no address: write the first host's, as in MASTER_ADDR=172.25.0.100" 2
-  if [[ "$MODE" == pdsh ]]; then prepare_pdsh "${SCRIPT_ARGS[@]}"; else
-    way=$(hosts survey "$MASTER_ADDR")
-    read -r own iface from infiniband address <<< "$way"
-    [[ "$own$rank" != no0 ]] || die "MASTER_ADDR=$MASTER_ADDR is not this host ($from), but NODE_RANK=0 must be"
-    choose_network "$iface" "$infiniband" "it leads to $MASTER_ADDR"
-  fi
-  case "$MODE" in
-    static) cmd=(torchrun "--nnodes=$nodes" "--nproc_per_node=$ranks" "--node_rank=$rank" "--master_addr=$MASTER_ADDR"
-      "--master_port=$PORT" ${FLAG[no_roll_call]:+"--rdzv_conf=timeout=$limit"}) ;;
-    elastic) elastic_command ;;
-    pdsh) cmd=(deepspeed --hostfile "${FLAG[hostfile]}" --master_addr "$MASTER_ADDR" --master_port "$PORT"
-      ${FLAG[venv_script]:+--venv_script "${FLAG[venv_script]}"}) ;;
-    no_ssh) cmd=(deepspeed --hostfile "${FLAG[hostfile]}" --no_ssh --node_rank "$rank" --master_addr "$MASTER_ADDR"
-      --master_port "$PORT") ;;
+  need MASTER_ADDR '[A-Za-z0-9:][A-Za-z0-9._:-]*' "the first host's address, as in MASTER_ADDR=172.25.0.100"
+  choose_network
+  [[ "$gpus" != 0 ]] || # on CPUs glibc is to keep freed memory for the next tensors
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"
+  cmd=(torchrun "--nnodes=$NNODES" "--nproc_per_node=$GPUS_PER_HOST")
+  case "$mode" in # elastic: without --local_addr others get this host's name, which may not resolve
+    torchrun) cmd+=("--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT"
+      "--rdzv_conf=timeout=$RDZV_TIMEOUT") ;;
+    elastic) cmd+=(--rdzv_backend=c10d "--rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT" "--rdzv_id=${RDZV_ID:-gptlike}"
+      "--rdzv_conf=is_host=$IS_HOST,join_timeout=$RDZV_TIMEOUT,read_timeout=$RDZV_TIMEOUT" --local_addr="$HERE") ;;
+    *) cmd=(deepspeed --hostfile "$hostfile" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
-  cmd+=("${SCRIPT_ARGS[@]}")
+  cmd+=("${words[@]}" "$@")
   printf '+'; printf ' %q' "${cmd[@]}"; echo
-  [[ -z "${FLAG[dry_run]:-}" ]] || return 0
+  if "$dry_run"; then return; fi
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
-  [[ "$MODE" == pdsh || -n "${FLAG[no_roll_call]:-}" || -z "$rank" ]] || cmd=(python3 -I "$ROOT/scripts/hosts.py"
-    roll_call "$address" "$PORT" "$rank" "$nodes" "$plan" "$ranks" "$limit" "${cmd[@]}")
+  [[ "$mode" != deepspeed ]] || write_deepspeed_env
+  echo "waiting for all hosts (RDZV_TIMEOUT=$RDZV_TIMEOUT); scripts/tools/network_check.py says which one is missing"
   exec "${cmd[@]}"
 }
 

@@ -24,6 +24,8 @@ main() {
   mapfile -t nodes <<< "$names"
   [[ "${nodes[0]}" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "scontrol names no first node: ${nodes[0]@Q}"
   [[ ! -x .venv/bin/python ]] || export PATH="$PWD/.venv/bin:$PATH" # srun hands it on
+  [[ -n "${SLURM_GPUS_ON_NODE:-}" ]] || # on CPUs glibc is to keep freed memory for the next tensors; srun hands it on
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"
   # What differs between the nodes is for the shell there to fill in; all else comes to it as arguments.
   # shellcheck disable=SC2016
   on_node='exec torchrun --nproc_per_node="${GPUS_PER_HOST:-${SLURM_GPUS_ON_NODE:-1}}" --node_rank="$SLURM_NODEID" "$@"'

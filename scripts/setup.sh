@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv here, install the packages of a requirements file, and compile DeepSpeed's C++ op. What is done already is
+# Make .venv here, install the packages of a requirements file, and compile DeepSpeed's C++ ops. What is done already is
 # skipped, so that a second call takes seconds. quickstart.sh and test.sh call this.
 # Usage: scripts/setup.sh [REQUIREMENTS_FILE]          environment: PYTHON=python3
 set -euo pipefail
@@ -31,10 +31,10 @@ install_packages() {
   stamp requirements.txt > .venv/installed-requirements.txt # every other file includes this one
 }
 
-compile_op() {
+compile_ops() {
   if ! command -v c++ >/dev/null; then
-    echo "no C++ compiler: DeepSpeed's AdamW of ZeRO-Offload is skipped, which then takes PyTorch's. To have it, on" \
-      "Debian and Ubuntu: apt-get install g++ python3-dev"
+    echo "no C++ compiler: DeepSpeed's ops are skipped, PyTorch's do their work. To have them, on Debian and Ubuntu:" \
+      "apt-get install g++ python3-dev"
     return
   fi
   PATH="$PWD/.venv/bin:$PATH" .venv/bin/python scripts/tools/compile_ops.py # on the PATH for ninja
@@ -47,7 +47,7 @@ main() {
   [[ -f "$file" && "$file" == requirements*.txt ]] || die "no such requirements file: $file" 2
   make_venv
   install_packages "$file"
-  compile_op
+  compile_ops
 }
 
 main "$@"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT / "scripts" / "tools"))
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/dev/nvidiactl").exists() else "cuda")
-import common
+import common  # noqa: E402
 
 BASE, ZERO1, ZERO2, ZERO3, OFFLOAD, MULTIHOSTS = common.SCRIPTS
 TINY = """--dataset sample --tokenizer bpe:512 --n_layer 2 --n_head 4 --d_model 64 --block_size 32 --batch_size 4
@@ -25,7 +25,7 @@ TINY = """--dataset sample --tokenizer bpe:512 --n_layer 2 --n_head 4 --d_model 
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A shell starts what runs in the background with SIGINT ignored, which processes that tests start would inherit."""
+    """A shell starts background work with SIGINT ignored, which processes that tests start would inherit."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

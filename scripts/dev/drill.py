@@ -1,8 +1,8 @@
 """The kill drill: SIGKILL takes a rank at a random moment, and the same command is given again until the run is done.
 
 Each script first trains undisturbed. Then it trains again and loses a rank N times: while it starts, in the midst of
-its steps, or while a checkpoint is being written. Checked is that the launcher ends by itself each time and that in the end
-the weights in model/ and all losses are those of the undisturbed run: byte for byte, and for ZeRO-Offload within 1e-6
+its steps, or while a checkpoint is being written. Checked is that the launcher ends by itself and that in the end the
+weights in model/ and all losses are those of the undisturbed run: byte for byte, and for ZeRO-Offload within 1e-6
 (DeepSpeedCPUAdam takes its powers of beta anew after a load). Exit code 0: all so; 1: not so.
 
     python scripts/dev/drill.py --kills 5 --scripts ZeRO-2 ZeRO-3
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each script (20)")
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS), help="all if left out")
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps of a run (10 for each kill, and 20)")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps of a run (25 for each kill, and 20)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of moments and ranks")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
@@ -136,7 +136,7 @@ def main() -> None:
     rows, folder = [], Path(tempfile.mkdtemp(prefix="drill-"))
     try:
         for name in args.scripts:
-            steps = args.steps or 20 + 10 * args.kills
+            steps = args.steps or 20 + 25 * args.kills
             rows.append(drill(name, args.kills, steps, folder, random.Random(f"{args.seed} {name}")))
             print(table(heads, rows), flush=True)
     except ToolError as error:

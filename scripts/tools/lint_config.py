@@ -91,7 +91,7 @@ def lint(path: str, flags: argparse.Namespace) -> list[Row]:
     rows.append(
         (
             "ok",
-            f"{args.batch_size} x {args.gradient_accumulation_steps} x {flags.world_size} ranks = {batch} sequences a step",
+            f"{args.batch_size} x {args.gradient_accumulation_steps} x {flags.world_size} ranks = {batch} sequences",
         )
     )
     return rows

@@ -16,7 +16,7 @@ host           all ranks of a host: at the start (stages 0 to 2 build the model 
                states and the whole weights that each rank gathers then
 largest        the most parameters that fit the smallest GPU and host, with --activation_checkpointing
 
-What the sums rest on is in tests/unit/test_plan_memory.py: ledgers, peaks and bytes sent, measured on CPU ranks. On GPUs:
+What the sums rest on is in tests/unit/test_plan_memory.py. On GPUs:
 not measured.
 Left out, and covered by --reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. ZeRO gives all ranks equal
 shares, so of unlike GPUs the smallest decides. Communication counts bytes over a rank's slowest link: no latency, and
@@ -161,11 +161,10 @@ def activations(model: Model, plan: Plan, *, dropout: float, checkpointing: bool
 
 
 def logits(model: Model, plan: Plan) -> dict[str, float]:
-    """Beside the log-probabilities. Forward: logits, and in 16 bits their copy in fp32. Backward: the gradient of the
-    logits in fp32, in 16 bits a copy, and the gradient of the head's weight."""
+    """Beside the log-probabilities. Forward: logits, and in 16 bits their copy in fp32. Backward: the gradients of the
+    log-probabilities and of the logits, both in fp32."""
     width, elements = WIDTH[plan.precision], plan.micro_batch * model.block_size * model.vocab_size
-    forward = (width + (4 if width == 2 else 0)) * elements
-    return {"forward": forward, "backward": (4 + (2 if width == 2 else 0)) * elements + width * model.embedding}
+    return {"forward": (width + (4 if width == 2 else 0)) * elements, "backward": 8 * elements}
 
 
 def stays_gathered(model: Model, plan: Plan) -> float:
@@ -214,7 +213,7 @@ def gradients(model: Model, plan: Plan, ranks: int) -> dict[str, float]:
         return dict(zip(parts, (own * several, *[own + way] * 4, 8 * share), strict=True))
     embedding, block = width * model.embedding, 12 * width * model.d_model**2  # the former comes from both of its uses
     last = max(whole * several, embedding)
-    end, step = (whole + own + way, 8 * share) if plan.stage == 1 else (whole + embedding, 4 * model.parameters)
+    end, step = (whole + own + way, 8 * share) if plan.stage == 1 else (whole + 2 * embedding, 4 * model.parameters)
     return dict(zip(parts, (whole * several, whole * several, last, whole - block, end, step), strict=True))
 
 

