@@ -1,0 +1,38 @@
+"""Every script trains the same model: losses step by step beside GPTLike-Base.py, on real English text."""
+
+import tempfile
+
+import pytest
+from conftest import load_script
+
+pytestmark = pytest.mark.slow
+parity = load_script("scripts/dev/parity.py")
+
+
+def rows(said: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split()[1:] for line in said.splitlines()[1:-1]}
+
+
+@pytest.mark.parametrize(
+    ("words", "scripts"),
+    [
+        (["--steps", "8"], ["ZeRO-1", "ZeRO-2", "ZeRO-3", "Offload", "ZeRO-3-Offload", "Multihosts"]),
+        (["--steps", "8", "--ranks", "4", "--accumulation", "4"], ["ZeRO-2", "ZeRO-3"]),
+    ],
+    ids=["all scripts on two ranks", "four ranks with four micro batches"],
+)
+def test_losses_are_those_of_base(words, scripts, capsys):
+    assert parity.main([*words, "--scripts", *scripts]) == 0
+    found = rows(capsys.readouterr().out)
+    assert list(found) == ["Base", *scripts]
+    for _, _, train_loss, validation_loss, first, last in found.values():
+        assert float(train_loss) < 1e-5 and float(validation_loss) < 1e-5
+        assert float(last) < float(first) - 0.1  # a frozen model would agree with itself, too
+
+
+def test_says_so_where_losses_are_apart(capsys, tmp_path, monkeypatch):
+    """fp32 sums round apart: no run is within 1e-12."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert parity.main(["--steps", "4", "--scripts", "ZeRO-2", "--tolerance", "1e-12"]) == 1
+    assert f"from Base's, more than 1e-12: see {tmp_path}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("parity-*/*.log"))) == 2

@@ -1,0 +1,83 @@
+"""Starts that go wrong end in one message; odd but sound environments train."""
+
+import subprocess
+
+import pytest
+from conftest import BASE, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run
+
+pytestmark = pytest.mark.slow
+STEPS = ["--max_steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        (BASE, {"WORLD_SIZE": "2", "RANK": "0"}, "it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py"),
+        (ZERO1, {"RANK": "first"}, r"cannot join the other ranks \(RANK=first.*invalid literal"),
+        (ZERO1, {"RANK": "0", "WORLD_SIZE": "1"}, "cannot join the other ranks .*MASTER_ADDR"),
+        (
+            ZERO1,
+            {"CUDA_VISIBLE_DEVICES": "-1", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no.such.host"},
+            "cannot join the other ranks",
+        ),
+    ],
+)
+def test_wrong_environment(script, variables, message, tmp_path):
+    words = command(script, *TINY, *STEPS, "--timeout", "5", "--output_dir", tmp_path, launcher="python")
+    result = run(words, **{"MASTER_PORT": str(free_port())} | variables)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    import re
+
+    assert re.search(message, result.stderr, re.DOTALL)
+
+
+def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
+    words = command(ZERO1, *TINY, *STEPS, "--timeout", "8", "--output_dir", tmp_path, launcher="python")
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    result = run(words, **place, timeout=120)
+    assert result.returncode == 1 and "cannot join the other ranks" in result.stderr
+    assert "a firewall closes the port" in result.stderr and "network_check.py" in result.stderr
+
+
+@pytest.mark.parametrize("words", ["--optimizer Lion", "--optimizer Lamb", "--precision fp16"])
+def test_what_deepspeed_cannot_run_here(words, tmp_path):
+    import json
+
+    from conftest import ROOT
+
+    config = json.loads((ROOT / "configs" / "zero1.json").read_text())
+    flag, value = words.split()
+    flags = [flag, value]
+    if flag == "--optimizer":
+        config["optimizer"] = {"type": value, "params": {"lr": 1e-3}}
+        flags = []
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    tiny = [word for word in TINY if word not in ("--precision", "fp32")]
+    line = command(ZERO1, *tiny, *STEPS, *flags, "--ds_config", tmp_path / "ds.json", launcher="python")
+    result = run([*line, "--output_dir", str(tmp_path / "run")])
+    name = value if flag == "--optimizer" else "AdamW"
+    assert result.returncode == 1 and f"DeepSpeed cannot run {tmp_path / 'ds.json'}, optimizer {name}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_odd_environments_train(tmp_path):
+    """Standard output closed, HOME unset, LC_ALL=C, GPUs hidden: it trains and writes what it should."""
+    line = command(ZERO3, *TINY, *STEPS, "--output_dir", tmp_path / "run", launcher="python")
+    odd = {name: value for name, value in environment(LC_ALL="C", CUDA_VISIBLE_DEVICES="").items() if name != "HOME"}
+    shell = ["bash", "-c", 'exec "$@" >&-', "bash", *line]
+    result = subprocess.run(shell, env=odd, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert list(losses(tmp_path / "run")) == [1, 2] and "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_ends_the_run_in_one_message(tmp_path):
+    line = command(BASE, *TINY, "--max_steps", "5000", "--output_dir", tmp_path / "run")
+    shell = ["bash", "-c", 'set -o pipefail; "$@" | head -n 3', "bash", *line]
+    result = subprocess.run(shell, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1 and "Broken pipe" in result.stderr and "Traceback" not in result.stderr
