@@ -114,6 +114,7 @@ def run(main: Callable[[], None]) -> None:
     Ranks of a host often meet the same error, and one rank's end makes the others fail. A host's first rank speaks at
     once and the others later: by then their launcher has ended them, unless the error is theirs alone.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the user; torch would trip over it
     place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
     try:
         main()
@@ -390,7 +391,7 @@ NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_me
 
 
 def log(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0" and sys.stdout:  # stdout may be closed
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(message)
         sys.stdout.flush()
 

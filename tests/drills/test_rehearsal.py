@@ -1,5 +1,5 @@
 """scripts/rehearse_multihost.sh: two hosts in network namespaces train, lose each other and recover. The drills check
-what they find themselves; here their verdicts and figures are read, and that nothing stays behind."""
+what they find themselves; here their verdicts are read, and that nothing stays behind."""
 
 import os
 import re
@@ -12,15 +12,12 @@ from conftest import ROOT, run
 
 SCRIPT = ROOT / "scripts" / "rehearse_multihost.sh"
 DRILLS = {
-    "plain": r"400 losses of two hosts and of one host with two ranks are at most (\d\.\de-\d\d) apart",
-    "host-lost": r"continued from step 100; losses and final weights are those of the undisturbed run",
-    "port-blocked": r"both hosts ended with 1 and 1 and name the usual causes",
-    "wrong-interface": r"both hosts ended with 1 and 1 and name the variable",
+    "plain": r"200 losses of two hosts and of one host with two ranks are at most (\d\.\de-\d\d) apart",
+    "host-missing": r"the run ended; network_check.py named rank 1, and with both hosts the interface of each",
+    "host-lost": r"continued from step 50; losses and final weights are those of the undisturbed run",
     "split-disks": r"continued after step \d+ exactly as undisturbed; a lost disk is refused",
     "version-mismatch": r"both hosts name the package and both versions",
-    "slow-link": r"link of (netem|tbf) .*: (\d+) tokens/s, without limits (\d+)",
     "elastic": r"restarted; losses and final weights are those of the undisturbed run",
-    "hostfile": r"trained on both hosts from one; losses and final weights are those of torchrun",
 }
 
 
@@ -38,7 +35,7 @@ def need_namespaces() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--drill", "flood"], "no drill flood: write all or one of plain host-lost port-blocked"),
+        (["--drill", "flood"], "no drill flood: write all or one of plain host-missing host-lost"),
         (["--drill"], "--drill needs a value"),
         (["--output"], "--output needs a value"),
         (["--output", str(ROOT / "configs")], f"{ROOT}/configs is not empty: name another --output"),
@@ -62,9 +59,7 @@ def rehearsal(tmp_path_factory):
 @pytest.mark.parametrize("name", DRILLS)
 def test_drill(rehearsal, name):
     done, folder = rehearsal
-    verdict = next((line for line in done.stdout.splitlines() if re.match(f"(PASS|FAIL|SKIP) {name}: ", line)), "none")
-    if verdict.startswith("SKIP"):
-        pytest.skip(verdict)
+    verdict = next((line for line in done.stdout.splitlines() if re.match(f"(PASS|FAIL) {name}: ", line)), "none")
     found = re.fullmatch(rf"PASS {name}: ({DRILLS[name]}).*", verdict)
     assert found, verdict + done.stdout[-3000:]
     if name == "plain":
@@ -72,8 +67,6 @@ def test_drill(rehearsal, name):
         command = "[node1] torchrun --nnodes=2 --nproc_per_node=1 --node_rank=1 --master_addr=172.25.0.100 "
         assert command + "--master_port=29500 DeepSpeed-GPTLike-Multihosts.py " in done.stdout
         assert not (folder / "node1" / "run" / "model").exists()  # no shared disk
-    if name == "slow-link":
-        assert 0 < int(found[3]) < int(found[4])
 
 
 @pytest.mark.drill

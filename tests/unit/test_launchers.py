@@ -269,7 +269,7 @@ def test_run_multihost_hands_on_what_was_chosen(hosts, flags):
     assert "<train.py><$(touch hacked)><a b><><*>\n" in result.stdout and "secret" not in result.stdout
     assert "kept GLOO_SOCKET_IFNAME=eno9, since it was set" in result.stdout
     lines = ["GLOO_SOCKET_IFNAME=eno9", "MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=1000000000000"]
-    assert set([*lines, "NCCL_SOCKET_IFNAME==eno1"]) <= set(result.stdout.splitlines())
+    assert {*lines, "NCCL_SOCKET_IFNAME==eno1"} <= set(result.stdout.splitlines())
     assert ("HF_HOME=/hf" in result.stdout) is bool(flags)  # what pdsh would not hand on
 
 
