@@ -659,6 +659,9 @@ def take_flags(config: dict, args: Namespace) -> None:
         if section[key] != in_json:
             log(f"--{flag} {given} replaces {in_json} of {args.ds_config}")
             config.pop("train_batch_size", None)  # it follows from the others
+    in_json = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True), "fp32")
+    if args.precision not in (None, in_json):
+        log(f"--precision {args.precision} replaces {in_json} of {args.ds_config}")
     for name in ("bf16", "fp16"):
         section = config.setdefault(name, {})
         if args.precision or section.get("enabled") == "auto":
@@ -699,9 +702,9 @@ def load_ds_config(args: Namespace) -> dict:
         raise UserError(f"{source}: DeepSpeed's stages 1 and 2 lose a second parameter group of Adagrad")
     args.zero_stage = zero["stage"]
     config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
-    cpu_adam = "Offload" in right and shutil.which("c++")  # DeepSpeedCPUAdam, compiled on first use
-    if optimizer in ("adam", "adamw") and not cpu_adam:
-        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # the same; DeepSpeed's own needs nvcc
+    if optimizer in ("adam", "adamw") and not ("Offload" in right and shutil.which("c++")):
+        # PyTorch's: DeepSpeed's own needs nvcc, and for offloading, where it is the faster one, a C++ compiler.
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     return config
 
 
@@ -745,8 +748,7 @@ def newest_step(now: dict, args: Namespace) -> dict:
     whole = [mark for name, mark in marks.items() if all(name in theirs for _, theirs, _ in found)]
     if marks and not whole:
         held = "; ".join(f"rank {i} on {host}: {theirs}" for i, (host, theirs, _) in enumerate(found))
-        way_out = "bring files back, or start afresh with --overwrite or another --output_dir"
-        raise UserError(f"no step in {args.output_dir} is whole on every rank. {held}. To go on, {way_out}")
+        raise UserError(f"no step in {args.output_dir} is whole on every rank. {held}. Bring files back or --overwrite")
     return max(whole, key=lambda mark: mark["step"], default={"step": 0, "best": None})
 
 
@@ -775,8 +777,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespa
     write_json(root / name / f"rank{args.rank}.json", mark)
     gather(None)
     if args.first_of_disk:
-        marked = sorted({int(path.parent.name[4:]) for path in root.glob("step*/rank*.json")})
-        for old in marked[:-2]:
+        for old in sorted({int(path.parent.name[4:]) for path in root.glob("step*/rank*.json")})[:-2]:
             shutil.rmtree(root / f"step{old}", ignore_errors=True)
 
 

@@ -183,7 +183,7 @@ class Rehearsal:
         self.show("peer|step=")
         if code == 0:
             raise Failed("node0 ended with 0")
-        self.expect("closed by peer")
+        self.expect("by peer")
         if self.both() != [0, 0]:
             raise Failed("the second start failed")
         self.show("resumed")

@@ -1,4 +1,4 @@
-"""The default data and tokenizer come from the Hugging Face Hub, served here on loopback; without it one message helps."""
+"""The default data and tokenizer come from the Hub, served here on loopback; without it one message helps."""
 
 import time
 
