@@ -13,6 +13,7 @@ Run:
 Source: ZeRO, arXiv:1910.02054, section 5.1; https://www.deepspeed.ai/docs/config-json/
 """
 
+import copy
 import difflib
 import fcntl
 import functools
@@ -29,11 +30,10 @@ import sys
 import time
 import urllib.request
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
@@ -44,13 +44,13 @@ import safetensors.torch
 import tokenizers
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ZERO_STAGE = 1
-DEFAULT_DS_CONFIG = "configs/zero1.json"
+DEFAULTS = {"ds_config": "configs/zero1.json"}
 
 
 # region arguments (owner: GPTLike-Base.py)
@@ -58,12 +58,12 @@ class UserError(Exception):
     """Something that the user can mend: one message and exit code 1, no traceback."""
 
 
-def build_parser() -> ArgumentParser:
-    """The flags that all six scripts have. Those that stand in the JSON, too, have no default here."""
+def parse_args(words=None):
+    """The flags of all six scripts. Those that stand in the JSON, too, have a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
-    def add(name: str, default: object, text: str, kind: type = int, low: float = 1, high: float = 2**31) -> None:
-        def number(word: str) -> float:
+    def add(name, default, text, kind=int, low=1, high=2**31):
+        def number(word):
             if low <= kind(word) < high:
                 return kind(word)
             raise ArgumentTypeError(f"{word} is not from {low} to below {high}")
@@ -96,37 +96,28 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations going backward")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="of launchers; LOCAL_RANK wins")
-    return parser
-
-
-def parse_args(parser: ArgumentParser) -> Namespace:
-    args = parser.parse_args()
+    if ZERO_STAGE:
+        parser.add_argument("--ds_config", help="DeepSpeed's JSON")
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(words)
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
     return args
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call main, but what a user can mend ends in one line and exit code 1.
-
-    Ranks of a host often meet the same error, and one rank's end makes the others fail. A host's first rank speaks at
-    once and the others later: by then their launcher has ended them, unless the error is theirs alone.
-    """
+def run(main):
+    """Call main, but what a user can mend ends in one line and exit code 1."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the user; torch would trip over it
-    place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
     try:
         main()
         os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
     except (UserError, OSError, safetensors.SafetensorError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not catch_signals(): a launcher may end this rank now
-        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
-        rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
-        print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
-    except RuntimeError:
+        # A host's ranks often meet the same error. The first one speaks; then the launcher ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5 if "RANK" in os.environ else 0)  # mostly it says that another rank is gone
-        raise
+        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
+        place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        print(f"{place}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
 
 
 # endregion arguments
@@ -135,77 +126,49 @@ def run(main: Callable[[], None]) -> None:
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
 FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
-WAYS_OUT = """Ways out:
-  mirror   export HF_ENDPOINT=https://YOUR-MIRROR
+DATA_HELP = """What there is:
+  Hub      --dataset wikitext2; a mirror of it by export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
-  folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt
+  folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt (or .jsonl, .parquet)
   sample   --dataset sample: English prose that comes with Python and needs no network"""
 
 
-class Corpus(NamedTuple):
-    streams: dict[str, Tensor]  # all token ids in order, int32, of "train", "validation" and perhaps "test"
-    tokenizer: object  # of transformers
-    vocab_size: int
-
-
-class TokenizedDataset(torch.utils.data.Dataset):
-    """Blocks of block_size inputs, with the same tokens shifted by one as targets.
-
-    A last block that is not full is left out. With pad_to, targets of -100, which no loss counts, fill it up and make
-    more blocks, so that their number is a multiple of pad_to.
-    """
-
-    def __init__(self, stream: Tensor, block_size: int, pad_to: int = 0):
-        missing = 0
-        if pad_to:
-            missing = -(len(stream) - 1) % (block_size * pad_to)
-        self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:  # each (len(index), block_size)
-        blocks = self.blocks[index].long()
-        if torch.cuda.is_available():
-            blocks = blocks.pin_memory().cuda(non_blocking=True)  # does not wait for the GPU
-        return blocks[:, :-1].clamp_min(0), blocks[:, 1:]
+def inputs_and_targets(blocks):
+    """Tokens, and the same shifted by one, each (batch, block_size). blocks: (batch, block_size + 1)."""
+    blocks = blocks.long()
+    if torch.cuda.is_available():
+        blocks = blocks.pin_memory().cuda(non_blocking=True)  # does not wait for the GPU
+    return blocks[:, :-1], blocks[:, 1:]
 
 
 @functools.lru_cache(maxsize=2)  # drawn once an epoch; a step touches two at most
-def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
+def epoch_order(epoch, num_blocks, seed):
     return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterator:
-    """This rank's (inputs, targets) of one optimizer step, each (micro batch, block_size).
-
-    For one global batch, the samples of a step depend on seed and step alone, however many ranks and micro batches
-    share them; and a resumed run goes on in the middle of an epoch.
-    """
+def micro_batches(blocks, step, args):
+    """This rank's micro batches of an optimizer step. Its samples depend on seed and step alone, not on the ranks."""
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
-    epochs_and_places = [divmod(sample, len(data)) for sample in range(first, first + per_rank)]
-    index = torch.stack([epoch_order(epoch, len(data), args.seed)[place] for epoch, place in epochs_and_places])
+    places = [divmod(sample, len(blocks)) for sample in range(first, first + per_rank)]
+    index = torch.stack([epoch_order(epoch, len(blocks), args.seed)[place] for epoch, place in places])
     for part in index.split(args.batch_size):
-        yield data[part]
+        yield inputs_and_targets(blocks[part])
 
 
-def hub_problem() -> str:
-    """Why the Hub sends nothing, or "". Asked first, because huggingface_hub retries for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return "HF_HUB_OFFLINE is set, and the cache lacks it"
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + f"/datasets/{HUB_DATASET}/resolve/main/README.md"
+def probe_hub():
+    """Without an answer within 5 s only the Hub's cache is used: huggingface_hub would retry for minutes."""
     try:
-        urllib.request.urlopen(url, timeout=5).close()
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
     except (OSError, ValueError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import: a cached copy still loads
-        return str(error)
-    return ""
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import
+        log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
 
 
-def load_rows(dataset: str) -> dict:
-    """A Dataset with a column "text" for each split; joined, its rows are the split. No silent fallback."""
-    import datasets  # not before hub_problem() has been asked
+def load_rows(dataset):
+    """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
+    import datasets  # not before probe_hub()
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -215,16 +178,15 @@ def load_rows(dataset: str) -> dict:
 
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
-        return {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
-    formats = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
-    if len(formats) != 1:
-        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FILE_TYPES]}")
-    if formats == {"text"}:  # -sig: a byte-order mark is no text
-        return datasets.load_dataset("text", data_dir=dataset, keep_linebreaks=True, encoding="utf-8-sig")
-    return datasets.load_dataset(formats.pop(), data_dir=dataset)
+        return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
+    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
+    if len(kinds) != 1:
+        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
+    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
 
 
-def load_tokenizer(name: str, train_rows: list[str], args: Namespace) -> object:
+def load_tokenizer(name, train_rows, args):
     """transformers' tokenizer of that name. bpe:SIZE is trained here, by rank 0, and is byte-level as GPT-2's is."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -234,43 +196,34 @@ def load_tokenizer(name: str, train_rows: list[str], args: Namespace) -> object:
             trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
         trained = tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0])
         return PreTrainedTokenizerFast(tokenizer_object=trained)
-    if os.path.isdir(name):
-        return PreTrainedTokenizerFast(tokenizer_file=f"{name}/tokenizer.json")
     return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
 
 
-def load_corpus(args: Namespace) -> Corpus:
-    """The same token streams on every rank. `datasets` caches them by content and shares them within a host."""
+def load_corpus(args):
+    """Token streams (int32, by split) with their tokenizer. `datasets` caches them, once for all ranks of a host."""
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
-    local = name.startswith("bpe:") or os.path.isdir(name)
-    problem = "" if local and args.dataset != "wikitext2" else hub_problem()
-    from datasets.exceptions import DatasetsError
+    if args.dataset == "wikitext2" or not (name.startswith("bpe:") or os.path.isdir(name)):
+        probe_hub()
+
+    def encode(batch):
+        # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
+        texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
+        return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
     try:
-        rows = load_rows(args.dataset)
+        rows, streams = load_rows(args.dataset).select_columns("text"), {}
         tokenizer = load_tokenizer(name, rows["train"]["text"], args)
-
-        def encode(batch: dict) -> dict:
-            # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
-            texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
-            return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
-
-        streams = {}
-        for split in ("train", "validation", "test") if "test" in rows else ("train", "validation"):
-            table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
-            ids = table.column("ids").combine_chunks().flatten().to_numpy()
+        for split, table in rows.map(encode, batched=True, remove_columns="text").items():
+            ids = table.data.column("ids").combine_chunks().flatten().to_numpy()
             streams[split] = torch.tensor(ids, dtype=torch.int32)
-            if len(ids) <= args.block_size:
-                raise UserError(
-                    f"{args.dataset}, {split}: {len(ids)} tokens are too few for --block_size {args.block_size}"
-                )
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        if problem:
-            raise UserError(f"the Hugging Face Hub does not answer ({problem}). {WAYS_OUT}") from error
-        reason = f"{error.__cause__ or error!r}. It needs train* and valid* with text, or lines with a field text"
-        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason}") from error
-    return Corpus(streams, tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+        shortest = min(len(streams["train"]), len(streams["validation"]))
+        if shortest <= args.block_size:
+            raise ValueError(f"a split of {shortest} tokens is too short for --block_size {args.block_size}")
+    except Exception as error:
+        source = f"--dataset {args.dataset} with --tokenizer {name}"
+        raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
+    return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
 # endregion data
@@ -280,35 +233,30 @@ def load_corpus(args: Namespace) -> Corpus:
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
 
-    def __init__(self, d_model: int, n_head: int, dropout: float):
+    def __init__(self, args):
         super().__init__()
-        self.n_head = n_head
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.projection = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.n_head = args.n_head
+        self.qkv = nn.Linear(args.d_model, 3 * args.d_model)
+        self.projection = nn.Linear(args.d_model, args.d_model)
+        self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+    def forward(self, x):  # (batch, seq, d_model)
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (batch, seq, 3, n_head, head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, n_head, seq, head_dim)
         heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.dropout(self.projection(heads.transpose(1, 2).flatten(2)))  # (batch, seq, d_model)
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, d_model: int, dropout: float):
-        up, down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
-        super().__init__(up, nn.GELU(approximate="tanh"), down, nn.Dropout(dropout))
-
-
 class TransformerBlock(nn.Module):
-    def __init__(self, d_model: int, n_head: int, dropout: float):
+    def __init__(self, args):
         super().__init__()
-        self.norm1 = nn.LayerNorm(d_model)
-        self.attention = CausalSelfAttention(d_model, n_head, dropout)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.feed_forward = FeedForward(d_model, dropout)
+        self.norm1 = nn.LayerNorm(args.d_model)
+        self.attention = CausalSelfAttention(args)
+        self.norm2 = nn.LayerNorm(args.d_model)
+        up, down = nn.Linear(args.d_model, 4 * args.d_model), nn.Linear(4 * args.d_model, args.d_model)
+        self.feed_forward = nn.Sequential(up, nn.GELU(approximate="tanh"), down, nn.Dropout(args.dropout))
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+    def forward(self, x):  # (batch, seq, d_model)
         x = x + self.attention(self.norm1(x))
         return x + self.feed_forward(self.norm2(x))
 
@@ -316,17 +264,16 @@ class TransformerBlock(nn.Module):
 class GPTLike(nn.Module):
     """Pre-norm decoder-only transformer with learned positions and a tied head, initialized as GPT-2."""
 
-    def __init__(self, args: Namespace, vocab_size: int):
+    def __init__(self, args, vocab_size):
         super().__init__()
         self.recompute = args.activation_checkpointing
         rows = -(-vocab_size // 64) * 64  # a multiple of 64: faster matmuls
         self.token_embedding = nn.Embedding(rows, args.d_model)
         self.position_embedding = nn.Embedding(args.block_size, args.d_model)
         self.dropout = nn.Dropout(args.dropout)
-        blocks = [TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in blocks:  # the layers that add to the residual stream; initialize() reads std
+        for block in self.blocks:  # the layers that add to the residual stream; initialize() reads std
             block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
             block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
         torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
@@ -334,14 +281,14 @@ class GPTLike(nn.Module):
         self.head = nn.Linear(args.d_model, rows, bias=False)
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
-    def initialize(self, module: nn.Module) -> None:
+    def initialize(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
             drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, targets=None):
         """Logits (batch, seq, rows), or with targets (batch, seq) their mean loss. tokens: (batch, seq)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (batch, seq, d_model)
@@ -350,10 +297,10 @@ class GPTLike(nn.Module):
         logits = self.head(self.final_norm(x))  # (batch, seq, rows)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # targets of -100 do not count
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
+def parameter_groups(model):
     """Matrices decay at the optimizer's rate, biases and norms never. By name: under ZeRO-3 the shapes are gone."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
@@ -362,7 +309,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def lr_factor(step: int, args: Namespace) -> float:
+def lr_factor(step, args):
     """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
@@ -371,30 +318,23 @@ def lr_factor(step: int, args: Namespace) -> float:
 
 
 # endregion model
-
-
 # region metrics (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {  # dense, 16 bit; names as torch.cuda.get_device_name() gives them
-    "NVIDIA H200": 989,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA L40S": 362,
-    "NVIDIA GeForce RTX 4090": 165,
-    "NVIDIA GeForce RTX 4090 D": 147,
-    "NVIDIA GeForce RTX 3090": 71,
-}
+# Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
+PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
 NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+SETTINGS = (
+    "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
+)
+SETTINGS += " lr weight_decay warmup_steps dropout"
 
 
-def log(message: str) -> None:
+def log(message):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message)
         sys.stdout.flush()
 
 
-def record(fields: dict, args: Namespace) -> None:
+def record(fields, args):
     """A line on the screen and in metrics.jsonl. A resumed run may repeat steps there: a step's last line counts."""
     log(" ".join(f"{name}={value:{NUMBER_FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
     if args.rank == 0:
@@ -402,61 +342,61 @@ def record(fields: dict, args: Namespace) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def write_json(path, value):
+    """By rename, so that nobody ever reads half a file."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.rename(path)
 
 
-def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
-    script, ranks = Path(__file__).name, args.world_size
-    log(f"{script}: ZeRO stage {args.zero_stage}, world size {ranks}, precision {args.precision}")
+def show_start(num_params, corpus, args):
+    log(
+        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    for place in gather(f"{socket.gethostname()}: {device_name()}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
-        log(f"  a rank on {place}")
-    tokens = ", ".join(f"{split} {len(stream):,}" for split, stream in corpus.streams.items())
-    log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {num_params:,} parameters")
+    places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
+    tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
+    log("\n".join(f"  a rank on {place}" for place in places))
+    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {num_params:,}")
 
 
-def average_and_check(loss: Tensor, grad_norm: float | Tensor, caught: list, args: Namespace) -> tuple[float, bool]:
-    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device.
-
-    Raises UserError where loss or gradients are no numbers; fp16 skips such steps by itself.
-    """
-    total, signals = sum_over_ranks(torch.stack((loss, loss.new_tensor(bool(caught))))).tolist()
-    if args.precision != "fp16" and not math.isfinite(total + grad_norm):
-        found = f"the loss is {total / args.world_size}, the norm of its gradients {float(grad_norm)}"
+def average_and_check(loss, grad_norm, caught, args):
+    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device."""
+    losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
+    mean = sum(losses) / args.world_size
+    if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
+        found = f"the loss is {mean}, the norm of its gradients {float(grad_norm)}"
         raise UserError(f"{found}. Checkpoints are as they were. Try a lower --lr or more --warmup_steps")
-    return total / args.world_size, signals > 0
+    return mean, any(signals)
 
 
-def speed(tokens_per_second: float, num_params: int, args: Namespace) -> dict:
-    """That rate of all ranks, peak memory, and the share of the devices' peak (MFU) where that is known.
-
-    Peak memory: on a GPU the allocator's since the last call; on a CPU the process's since its start.
-    """
+def speed(tokens_per_second, num_params, args):
+    """That rate of all ranks, peak memory (of a GPU since the last call), and MFU where the device's peak is known."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if torch.cuda.is_available():
         peak_memory = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
-    if device_name() in PEAK_TFLOPS and args.precision != "fp32":
+    if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
         flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
-        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[device_name()] * 1e12 * args.world_size)
+        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[args.device_name] * 1e12 * args.world_size)
     return fields
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> dict:
+def evaluate(model, corpus, split, args):
     """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
     stream, stride = corpus.streams[split], args.batch_size * args.world_size
-    data = TokenizedDataset(stream, args.block_size, pad_to=stride)  # the same number of passes for all ranks
+    missing = -(len(stream) - 1) % (args.block_size * stride)  # filled up, so that all ranks make as many passes
+    blocks = F.pad(stream, (0, missing), value=-100).unfold(0, args.block_size + 1, args.block_size)
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
     model.eval()
-    for first in range(args.rank * args.batch_size, len(data), stride):
-        inputs, targets = data[first : first + args.batch_size]
-        count = (targets != -100).sum()
-        nats += torch.where(count > 0, model(inputs, targets) * count, 0)  # a mean over no targets is no number
+    for first in range(args.rank * args.batch_size, len(blocks), stride):
+        inputs, targets = inputs_and_targets(blocks[first : first + args.batch_size])
+        logits = model(inputs.clamp_min(0)).float().flatten(0, 1)
+        nats += F.cross_entropy(logits, targets.flatten(), reduction="sum")  # targets of -100 do not count
     model.train()
-    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
+    nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     return {
         f"{split}_loss": nats / (len(stream) - 1),
         f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
@@ -465,76 +405,7 @@ def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> d
     }
 
 
-def show_ledger(kinds: dict[str, list], num_params: int, args: Namespace) -> dict:
-    """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1.
-
-    Called between a backward pass and a step other than the first: only then all kinds are there at once. All other
-    floating-point tensors of the process are buckets then, which gradients travel in.
-    """
-    rest = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    width = 4 if args.precision == "fp32" else 2
-    ledger, counted = {}, set()
-    for kind, bytes_each, stage in (
-        ("parameters", width, 3),
-        ("optimizer_states", 12, 1),
-        ("gradients_and_buckets", width, 2),
-    ):
-        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds[kind] + (rest if kind == "gradients_and_buckets" else []):
-            memory = tensor.untyped_storage()
-            if tensor.is_floating_point() and not tensor.is_meta and memory.data_ptr() not in counted:
-                counted.add(memory.data_ptr())
-                row = ledger.setdefault(f"{kind} on {tensor.device.type}", {"held": 0, "formula": formula})
-                row["held"] += memory.nbytes()
-    for name, row in ledger.items():
-        log(f"  {name}: rank 0 holds {row['held']:,} bytes, by the formula {row['formula']:,}")
-    return ledger
-
-
-# endregion metrics
-
-
-# region output (owner: GPTLike-Base.py)
-def write_json(path: Path, value: dict) -> None:
-    """By rename, so that nobody ever reads half a file."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
-
-
-def claim_output(args: Namespace) -> None:
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The descriptor stays open on purpose: the lock goes with it.
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
-    holds_run = (output / "args.json").exists()
-    if holds_run and args.overwrite:
-        for name in ("checkpoints", "model", "metrics.jsonl", "summary.json", "args.json"):
-            shutil.rmtree(output / name, ignore_errors=True)
-            (output / name).unlink(missing_ok=True)
-    elif holds_run and args.resume == "never":
-        raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
-
-
-def settings(corpus: Corpus, args: Namespace) -> dict:
-    """What has to be the same in a checkpoint and in the run that continues it."""
-    names = "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps "
-    names += "zero_stage world_size lr weight_decay warmup_steps dropout"
-    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
-    return {name: getattr(args, name) for name in names.split()} | {"data and tokenizer": digest}
-
-
-def check_settings(saved: dict, now: dict) -> None:
-    changed = [f"{name} {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]]
-    if changed:
-        raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
-
-
-def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, args: Namespace) -> dict:
+def validate(model, step, best, corpus, args):
     """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
     fields = {"step": step} | evaluate(model, corpus, "validation", args)
     record(fields, args)
@@ -543,54 +414,80 @@ def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, arg
     weights = full_weights(model)  # on all ranks: ZeRO-3 gathers them together
     if args.rank == 0:
         folder = Path(args.output_dir, "model")
-        folder.mkdir(exist_ok=True)
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         corpus.tokenizer.save_pretrained(folder)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
         write_json(folder / "config.json", shape | {"vocab_size": corpus.vocab_size})
     return fields
 
 
-def finish(model: nn.Module, summary: dict, corpus: Corpus, args: Namespace) -> None:
-    if "test" in corpus.streams:
-        summary |= evaluate(model, corpus, "test", args)
-    if args.rank == 0:
-        write_json(Path(args.output_dir, "summary.json"), summary)
-    log(f"finished: see {args.output_dir}/summary.json and {args.output_dir}/model")
+def show_ledger(kinds, num_params, args):
+    """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
+    # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    width = 4 if args.precision == "fp32" else 2
+    formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
+    ledger, counted = {}, set()
+    for kind, (bytes_each, stage) in formulas.items():
+        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
+        for tensor in kinds.get(kind, tensors):
+            memory = tensor.untyped_storage()
+            if tensor.is_floating_point() and memory.data_ptr() not in counted:
+                counted.add(memory.data_ptr())
+                row = ledger.setdefault(f"{kind} on {tensor.device.type}", {"held": 0, "formula": formula})
+                row["held"] += memory.nbytes()
+    for name, row in ledger.items():
+        log(f"  {name}: rank 0 holds {row['held']:,} bytes, by the formula {row['formula']:,}")
+    return ledger
 
 
-def catch_signals() -> list[int]:
-    """A list that grows by the number of each SIGTERM and SIGINT; launchers repeat theirs."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
+def claim_output(args):
+    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        # The descriptor stays open on purpose: the lock goes with it.
+        fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
+    holds_run = (output / "args.json").exists()
+    if holds_run and args.overwrite:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+    elif holds_run and args.resume == "never":
+        raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
 
 
-# endregion output
+def settings(corpus, args):
+    """What has to be the same in a checkpoint and in the run that continues it."""
+    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
+    return {name: getattr(args, name) for name in SETTINGS.split()} | {"data and tokenizer": digest}
+
+
+def check_settings(saved, now):
+    changed = [f"{name} {saved[name]}, now {now[name]}" for name in saved if saved[name] != now[name]]
+    if changed:
+        raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
+
+
+# endregion metrics
 
 
 # region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
-NO_MEETING = """Usual causes, the likeliest first:
-  the command was not started on every host, or with another number of hosts or a node rank given twice
-  MASTER_ADDR is not where the others reach rank 0; or a firewall closes the port, or those above 1024 between ranks
-  NCCL or gloo took another interface: export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME on each host
-scripts/tools/network_check.py tells them apart."""
+NO_MEETING = """Was the command started on every host, each with its own node rank? Can the others reach MASTER_ADDR?
+Are its port, and those above 1024 between the ranks, open? scripts/tools/network_check.py tells what is wrong."""
 
 
-def gather(value: object) -> list:
+def gather(value):
     """`value` of every rank, by rank, on all ranks; which is also where they wait for each other."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    dist.all_reduce(tensor)
-    return tensor
-
-
-def start_distributed(args: Namespace) -> None:
+def start_distributed(args):
     """Join all ranks at MASTER_ADDR:MASTER_PORT, each with its GPU or with its share of the host's cores."""
     if "RANK" not in os.environ:  # plain `python SCRIPT.py`: one rank, at any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -599,16 +496,17 @@ def start_distributed(args: Namespace) -> None:
     warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # calls of DeepSpeed
     try:
         args.rank, args.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        args.device = f"cuda:{args.local_rank}" if torch.cuda.is_available() else "cpu"
+        args.device, args.device_name = "cpu", "CPU"
         if torch.cuda.is_available():
+            args.device, args.device_name = f"cuda:{args.local_rank}", torch.cuda.get_device_name(args.local_rank)
             torch.cuda.set_device(args.device)  # before anything is allocated, or every rank would fill GPU 0
         elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
     except (RuntimeError, ValueError) as error:
-        where = [f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-        raise UserError(f"cannot join the other ranks ({', '.join(where)}): {error}. {NO_MEETING}") from error
+        where = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        raise UserError(f"cannot join the other ranks, with {where}: {error}. {NO_MEETING}") from error
     args.world_size = dist.get_world_size()
 
 
@@ -623,84 +521,72 @@ TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_acc
     flops_profiler comms_logger tensorboard wandb csv_monitor comet compile compression_training data_efficiency
     elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
 ADAMW = {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-AUTO = {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 10_000_000, "gradient_clipping": 1.0}
-AUTO |= {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
-REFUSALS = (OSError, AssertionError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-REFUSALS += (ValueError, deepspeed.runtime.config.DeepSpeedConfigError)  # what DeepSpeed raises for wrong settings
+AUTO = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+AUTO |= {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 10_000_000, "warmup_min_lr": 0}
+AUTO |= {"stage3_param_persistence_threshold": 100_000}
 
 
-def replace_auto(section: dict, numbers: dict) -> None:
-    """Put numbers in the place of "auto", which transformers' Trainer would fill in, and say so."""
+def replace_auto(section, numbers):
+    """Put numbers in the place of "auto", which transformers' Trainer would fill in."""
     for key, value in section.items():
         if isinstance(value, dict):
             replace_auto(value, numbers)
         elif value == "auto" and key in numbers:
             section[key] = numbers[key]
-            log(f'"{key}": "auto" is taken as {numbers[key]}')
 
 
-def take_flags(config: dict, args: Namespace) -> None:
-    """Flags that were given win over the JSON's numbers. Flags left out take the JSON's."""
-    total, accumulation = config.get("train_batch_size", 1), config.get("gradient_accumulation_steps", 1)
-    params = config["optimizer"].setdefault("params", {})
-    for flag, section, key, default in (
-        ("batch_size", config, "train_micro_batch_size_per_gpu", max(1, total // accumulation // args.world_size)),
-        ("gradient_accumulation_steps", config, "gradient_accumulation_steps", 1),
-        ("lr", params, "lr", ADAMW["lr"]),
-        ("weight_decay", params, "weight_decay", 0.0),
-    ):
-        in_json, given = section.get(key, default), getattr(args, flag)
-        section[key] = in_json if given is None else given
-        setattr(args, flag, section[key])
-        if section[key] != in_json:
-            log(f"--{flag} {given} replaces {in_json} of {args.ds_config}")
-            config.pop("train_batch_size", None)  # it follows from the others
-    in_json = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True), "fp32")
-    if args.precision not in (None, in_json):
-        log(f"--precision {args.precision} replaces {in_json} of {args.ds_config}")
-    for name in ("bf16", "fp16"):
-        section = config.setdefault(name, {})
-        if args.precision or section.get("enabled") == "auto":
-            section["enabled"] = name == (args.precision or "bf16")
-    args.precision = next((name for name in ("bf16", "fp16") if config[name].get("enabled")), "fp32")
+def take_flags(config, params, args):
+    """Flags that were given win over the JSON."""
+    micro, accumulation = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    if args.batch_size or (args.gradient_accumulation_steps and micro in config):
+        config.pop("train_batch_size", None)  # it follows from the others
+    batch_flags = {micro: args.batch_size, accumulation: args.gradient_accumulation_steps}
+    config |= {name: value for name, value in batch_flags.items() if value}
+    optimizer_flags = {"lr": args.lr, "weight_decay": args.weight_decay}
+    params |= {name: value for name, value in optimizer_flags.items() if value is not None}
+    if args.precision:
+        for name in {"bf16", "fp16"} & {args.precision, *config}:
+            config[name] = config.get(name, {}) | {"enabled": name == args.precision}
 
 
-def right_script(zero: dict) -> str:
-    """The script that a JSON's zero_optimization is for."""
-    places = [zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
-    stage = zero.get("stage", 0) if places == ["none", "none"] else "Offload"
-    return f"DeepSpeed-GPTLike-ZeRO-{stage}.py" if stage else "GPTLike-Base.py, which takes no JSON"
-
-
-def load_ds_config(args: Namespace) -> dict:
-    """DeepSpeed's settings: the JSON's, with the flags that were given and with numbers for "auto"."""
+def load_ds_config(args):
+    """DeepSpeed's settings: the JSON's, with numbers for "auto" and with the flags that were given."""
     source = f"--ds_config {args.ds_config}"
     try:
-        config = hjson.loads(Path(args.ds_config).read_text())  # as DeepSpeed reads it: comments are legal
-        unknown = sorted(config.keys() - TOP_LEVEL_KEYS)  # at the top, and only there, DeepSpeed ignores them
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], TOP_LEVEL_KEYS)
-            raise UserError(f"{source}: unknown key {unknown[0]}{'; did you mean ' + near[0] if near else ''}")
-        config.setdefault("optimizer", {"type": "AdamW", "params": dict(ADAMW)})
-        replace_auto(config, ADAMW | AUTO)
-        if config.get("train_batch_size") == "auto":
-            del config["train_batch_size"]
-        take_flags(config, args)
-        replace_auto(config, {"warmup_min_lr": 0, "warmup_max_lr": args.lr, "warmup_num_steps": args.warmup_steps})
-        deepspeed.DeepSpeedConfig(config)  # knows the keys and values of sections, and the arithmetic of batches
-        zero, optimizer = config.get("zero_optimization", {}), config["optimizer"]["type"].lower()
-        right = right_script(zero)
-    except REFUSALS as error:
+        in_json = hjson.loads(Path(args.ds_config).read_text(), object_pairs_hook=dict)  # comments are legal
+        config = copy.deepcopy(in_json)
+        optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": dict(ADAMW)})
+        params = optimizer["params"] = {"lr": ADAMW["lr"], "weight_decay": 0.0} | optimizer.get("params", {})
+        if config.get("train_batch_size", "auto") == "auto":
+            config.pop("train_batch_size", None)
+            config.setdefault("train_micro_batch_size_per_gpu", "auto")
+        take_flags(config, params, args)
+        for name, enabled in ("bf16", True), ("fp16", False):
+            replace_auto(config.get(name, {}), {"enabled": enabled})
+        replace_auto(config, ADAMW | AUTO | {"warmup_num_steps": args.warmup_steps})
+        replace_auto(config, {"warmup_max_lr": params["lr"]})
+        settled = deepspeed.DeepSpeedConfig(config)  # knows the keys of sections, and the arithmetic of batches
+    except Exception as error:
         raise UserError(f"{source} is not what this run can take: {error!r}") from error
-    if right != f"DeepSpeed-GPTLike-ZeRO-{ZERO_STAGE}.py":
-        raise UserError(f"{source} is for {right}")
-    if optimizer == "adagrad" and zero["stage"] < 3:
-        raise UserError(f"{source}: DeepSpeed's stages 1 and 2 lose a second parameter group of Adagrad")
-    args.zero_stage = zero["stage"]
-    config.setdefault("steps_per_print", 2**31)  # metrics.jsonl says it already
-    if optimizer in ("adam", "adamw") and not ("Offload" in right and shutil.which("c++")):
+    for key in config.keys() - TOP_LEVEL_KEYS:  # DeepSpeed would ignore it
+        raise UserError(f"{source}: unknown key {key}; close: {difflib.get_close_matches(key, TOP_LEVEL_KEYS)}")
+    for key, value in config.items():
+        if value != in_json.get(key):
+            log(f"{args.ds_config}: this run takes {key} {value} instead of {in_json.get(key)}")
+    zero = settled.zero_config
+    offloads = [place for place in (zero.offload_optimizer, zero.offload_param) if place and place.device != "none"]
+    right = "Offload" if offloads else zero.stage
+    if right != ZERO_STAGE:
+        raise UserError(
+            f"{source} is for DeepSpeed-GPTLike-ZeRO-{right}.py; stage 0 is GPTLike-Base.py, without a JSON"
+        )
+    args.zero_stage, args.batch_size = zero.stage, settled.train_micro_batch_size_per_gpu
+    args.gradient_accumulation_steps = settled.gradient_accumulation_steps
+    args.lr, args.weight_decay = params["lr"], params["weight_decay"]
+    args.precision = "bf16" if settled.bfloat16_config.enabled else "fp16" if settled.float16_config.enabled else "fp32"
+    if optimizer["type"].lower() in ("adam", "adamw") and not (offloads and shutil.which("c++")):
         # PyTorch's: DeepSpeed's own needs nvcc, and for offloading, where it is the faster one, a C++ compiler.
-        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+        params |= {"torch_adam": True, "fused": True}
     return config
 
 
@@ -712,7 +598,7 @@ SHARD = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"  # what each rank writes i
 FOR_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # wanted by ds_to_universal
 
 
-def open_output(ds_config: dict, args: Namespace) -> None:
+def open_output(ds_config, args):
     """Claim --output_dir on each disk, and find out whether all hosts share the disk of rank 0."""
     probe = Path(args.output_dir, f".probe.{gather(os.urandom(8).hex())[0]}")
     if args.rank == 0:
@@ -728,38 +614,33 @@ def open_output(ds_config: dict, args: Namespace) -> None:
     probe.unlink(missing_ok=True)
 
 
-def newest_step(now: dict, args: Namespace) -> dict:
-    """The mark of the newest step that every rank can load; of step 0 where there is none.
-
-    A mark rank<R>.json is written after all ranks have written their shards: one mark anywhere proves them all. A rank
-    can load a step of which it has its own shard. Raises UserError if marks are of other settings, or shards are gone.
-    """
-    folders = list(Path(args.output_dir, "checkpoints").glob("step*"))
-    shards = [folder.name for folder in folders if any(folder.glob(SHARD.format(args.rank)))]
-    mine = [json.loads(path.read_text()) for folder in folders for path in folder.glob("rank*.json")]
-    found = gather((socket.gethostname(), shards, mine))
-    marks = {f"step{mark['step']}": mark for _, _, theirs in found for mark in theirs}
-    for mark in marks.values():
+def newest_mark(now, args):
+    """The mark of the newest step of which every rank has its shard. A mark is written after all ranks' shards."""
+    folder = Path(args.output_dir, "checkpoints")
+    shards = sorted(path.parent.name for path in folder.glob("step*/" + SHARD.format(args.rank)))
+    marks = [json.loads(path.read_text()) for path in folder.glob("step*/rank*.json")]
+    found = gather((socket.gethostname(), shards, marks))
+    steps = {f"step{mark['step']}": mark for _, _, theirs in found for mark in theirs}
+    for mark in steps.values():
         check_settings(mark["settings"], now)
-    whole = [mark for name, mark in marks.items() if all(name in theirs for _, theirs, _ in found)]
-    if marks and not whole:
+    whole = [mark for name, mark in steps.items() if all(name in theirs for _, theirs, _ in found)]
+    if steps and not whole:
         held = "; ".join(f"rank {i} on {host}: {theirs}" for i, (host, theirs, _) in enumerate(found))
-        raise UserError(f"no step in {args.output_dir} is whole on every rank. {held}. Bring files back or --overwrite")
-    return max(whole, key=lambda mark: mark["step"], default={"step": 0, "best": None})
+        raise UserError(f"no step in {folder} is whole on every rank. {held}. Bring files back or --overwrite")
+    return max(whole, key=lambda mark: mark["step"], default={"step": 0, "best": None, "ledger": {}})
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, step: int, args: Namespace) -> None:
-    folder = f"{args.output_dir}/checkpoints"
+def load_checkpoint(engine, step, args):
+    folder, tag = f"{args.output_dir}/checkpoints", f"step{step}"
     try:
-        path, _ = engine.load_checkpoint(folder, tag=f"step{step}")  # the same on all ranks, not each host's `latest`
-    except REFUSALS as error:
-        raise UserError(f"cannot load {folder}/step{step}: {error!r}. Without it the one before serves") from error
-    if None in gather(path):
-        raise UserError(f"cannot load {folder}/step{step}: see DeepSpeed's warning above")
+        path, _ = engine.load_checkpoint(folder, tag=tag)  # the same on all ranks, not each host's `latest`
+        assert path, "see DeepSpeed's warning above"
+    except Exception as error:
+        raise UserError(f"cannot load {folder}/{tag}: {error!r}. Without it the one before serves") from error
     log(f"resumed from step {step} of {args.output_dir}")
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespace) -> None:
+def save_checkpoint(engine, mark, args):
     """All ranks save their shards of mark["step"]; then marks; then all but the two newest marked steps are deleted."""
     root, name = Path(args.output_dir, "checkpoints"), f"step{mark['step']}"
     if args.first_of_disk:
@@ -780,29 +661,24 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, mark: dict, args: Namespa
 # endregion checkpoints
 
 
-def model_states(engine: deepspeed.DeepSpeedEngine) -> dict[str, list]:
-    """The tensors that this rank holds between the backward pass and the step."""
+def model_states(engine):
     weights = list(engine.module.parameters())
     # ZeRO-1: the state's keys are this rank's fp32 share of the weights, its values their moments.
     # No other name of DeepSpeed's leads to them at all stages.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return {"parameters": weights, "optimizer_states": list(states) + moments, "gradients_and_buckets": gradients}
+    return {"parameters": weights, "optimizer_states": list(states) + moments}
 
 
-def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+def full_weights(engine):
     # ZeRO-1: every rank holds all weights; rank 0 takes them to the CPU.
     named = engine.module.named_parameters()
     return {name: weight.detach().cpu() for name, weight in named} if dist.get_rank() == 0 else {}
 
 
-def build_engine(args: Namespace, vocab_size: int, ds_config: dict) -> deepspeed.DeepSpeedEngine:
+def build_engine(args, vocab_size, ds_config):
     """The model in an engine that owns optimizer, precision, clipping, accumulation and the ranks' communication."""
-
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, args))
-
+    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=functools.partial(lr_factor, args=args))
     try:
         model = GPTLike(args, vocab_size)
         # ZeRO-1: the JSON's "stage": 1 has the engine keep this rank's share of the optimizer states, and no more.
@@ -812,7 +688,7 @@ def build_engine(args: Namespace, vocab_size: int, ds_config: dict) -> deepspeed
             lr_scheduler=None if "scheduler" in ds_config else schedule,
             config=ds_config,
         )
-    except REFUSALS as error:
+    except Exception as error:
         optimizer = ds_config["optimizer"]["type"]
         raise UserError(f"DeepSpeed cannot run {args.ds_config}, optimizer {optimizer}, here: {error!r}") from error
     # DeepSpeed's own group of all ranks would wait as long as PyTorch's default says, 10 or 30 minutes.
@@ -822,17 +698,15 @@ def build_engine(args: Namespace, vocab_size: int, ds_config: dict) -> deepspeed
     return engine
 
 
-def main() -> None:
-    parser = build_parser()
-    parser.add_argument("--ds_config", default=DEFAULT_DS_CONFIG, help="DeepSpeed's JSON")
-    args = parse_args(parser)
+def main():
+    args = parse_args()
     start_distributed(args)
     ds_config = load_ds_config(args)
     torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     corpus = load_corpus(args)
-    data = TokenizedDataset(corpus.streams["train"], args.block_size)
+    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     global_batch = args.batch_size * args.gradient_accumulation_steps * args.world_size
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / global_batch)
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(blocks) / global_batch)
     replace_auto(ds_config, {"total_num_steps": args.max_steps})
     open_output(ds_config, args)
 
@@ -840,30 +714,29 @@ def main() -> None:
     num_params = sum(weight.numel() for weight in engine.module.parameters())
     show_start(num_params, corpus, args)
 
-    run_settings = settings(corpus, args)
-    mark = newest_step(run_settings, args)
-    step, best = mark["step"], mark["best"]
+    output, now = Path(args.output_dir), settings(corpus, args)
+    mark = newest_mark(now, args)
+    step, best, ledger = mark["step"], mark["best"], mark["ledger"]
     if step > 0:
         load_checkpoint(engine, step, args)
-    if step >= args.max_steps and gather(Path(args.output_dir, "summary.json").exists())[0]:
-        return log(f"this run is finished, see {args.output_dir}/summary.json; more --max_steps would go on")
     if args.first_of_disk:
-        write_json(Path(args.output_dir, "args.json"), vars(args))
-        write_json(Path(args.output_dir, "ds_config.json"), ds_config)
-        shutil.copy(__file__, args.output_dir)
-        Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
+        write_json(output / "args.json", vars(args))
+        write_json(output / "ds_config.json", ds_config)
+        shutil.copy(__file__, output)
 
-    caught, ledger = catch_signals(), {}
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
     bar = tqdm(total=args.max_steps, initial=step, disable=None if args.rank == 0 else True)  # None: on a terminal
-    first_step, clock_step, clock = step, step, time.perf_counter()
+    clock_step, clock = step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
-        for inputs, targets in micro_batches(data, step, args):
+        for inputs, targets in micro_batches(blocks, step, args):
             micro_loss = engine(inputs, targets)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / args.gradient_accumulation_steps
-            if step == first_step + 1 and engine.is_gradient_accumulation_boundary():
+            if step > 0 and not ledger and engine.is_gradient_accumulation_boundary():
                 ledger = show_ledger(model_states(engine), num_params, args)
             engine.step()  # after the last micro batch it steps the optimizer, before that it only counts
         step += 1
@@ -880,13 +753,18 @@ def main() -> None:
         if eval_due:
             best = validate(engine, step, best, corpus, args)
         if save_due or stopping:
-            save_checkpoint(engine, {"step": step, "best": best, "settings": run_settings}, args)
+            save_checkpoint(engine, {"step": step, "best": best, "ledger": ledger, "settings": now}, args)
         if stopping:
             log(f"stopped by a signal: step {step} is saved, the same command continues")
             os._exit(128 + (caught or [signal.SIGTERM])[0])  # it may be another rank that caught one
         clock_step, clock = step, time.perf_counter()
     bar.close()
-    finish(engine, {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}, corpus, args)
+    summary = {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}
+    if "test" in corpus.streams:
+        summary |= evaluate(engine, corpus, "test", args)
+    if args.rank == 0:
+        write_json(output / "summary.json", summary)
+    log(f"finished: see {output}/summary.json and {output}/model")
     dist.destroy_process_group()
 
 

@@ -1,8 +1,7 @@
 """A decoder-only GPT on WikiText-2 in plain PyTorch: the script that the other five are compared with.
 
 One process holds all model states: with Adam in mixed precision 16 bytes per parameter, namely 2 for the 16-bit
-weight, 2 for its gradient and 12 for the optimizer (fp32 copy, momentum, variance).
-Partitioned across ranks: nothing; there is one process.
+weight, 2 for its gradient and 12 for the optimizer (fp32 copy, momentum, variance). Nothing is partitioned.
 
 Run:
     python GPTLike-Base.py
@@ -11,6 +10,7 @@ Run:
 Source: GPT-2 (Radford et al., 2019); fp32 master weights, arXiv:1710.03740; model states, arXiv:1910.02054.
 """
 
+import copy
 import fcntl
 import functools
 import gc
@@ -25,23 +25,22 @@ import socket
 import sys
 import time
 import urllib.request
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ZERO_STAGE = 0  # no ZeRO: one process holds everything
 # The numbers of configs/zero1.json, so that all scripts start from one recipe.
 DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 6e-4, "weight_decay": 0.1, "precision": "bf16"}
-BETAS, EPS, GRADIENT_CLIPPING = (0.9, 0.95), 1e-8, 1.0
+BETAS, GRADIENT_CLIPPING = (0.9, 0.95), 1.0
 
 
 # region arguments (owner: GPTLike-Base.py)
@@ -49,12 +48,12 @@ class UserError(Exception):
     """Something that the user can mend: one message and exit code 1, no traceback."""
 
 
-def build_parser() -> ArgumentParser:
-    """The flags that all six scripts have. Those that stand in the JSON, too, have no default here."""
+def parse_args(words=None):
+    """The flags of all six scripts. Those that stand in the JSON, too, have a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
-    def add(name: str, default: object, text: str, kind: type = int, low: float = 1, high: float = 2**31) -> None:
-        def number(word: str) -> float:
+    def add(name, default, text, kind=int, low=1, high=2**31):
+        def number(word):
             if low <= kind(word) < high:
                 return kind(word)
             raise ArgumentTypeError(f"{word} is not from {low} to below {high}")
@@ -87,37 +86,28 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute activations going backward")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help="of launchers; LOCAL_RANK wins")
-    return parser
-
-
-def parse_args(parser: ArgumentParser) -> Namespace:
-    args = parser.parse_args()
+    if ZERO_STAGE:
+        parser.add_argument("--ds_config", help="DeepSpeed's JSON")
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(words)
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
     return args
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call main, but what a user can mend ends in one line and exit code 1.
-
-    Ranks of a host often meet the same error, and one rank's end makes the others fail. A host's first rank speaks at
-    once and the others later: by then their launcher has ended them, unless the error is theirs alone.
-    """
+def run(main):
+    """Call main, but what a user can mend ends in one line and exit code 1."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the user; torch would trip over it
-    place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
     try:
         main()
         os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
     except (UserError, OSError, safetensors.SafetensorError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not catch_signals(): a launcher may end this rank now
-        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
-        rest = "" if isinstance(error, UserError) else f" ({type(error).__name__}). Saved checkpoints are as they were"
-        print(f"{place}: error: {error}{rest}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
-    except RuntimeError:
+        # A host's ranks often meet the same error. The first one speaks; then the launcher ends the others.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5 if "RANK" in os.environ else 0)  # mostly it says that another rank is gone
-        raise
+        time.sleep(0 if os.environ.get("LOCAL_RANK", "0") == "0" else 2)
+        place = f"{Path(__file__).name}, rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        print(f"{place}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
 
 
 # endregion arguments
@@ -126,77 +116,49 @@ def run(main: Callable[[], None]) -> None:
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
 FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
-WAYS_OUT = """Ways out:
-  mirror   export HF_ENDPOINT=https://YOUR-MIRROR
+DATA_HELP = """What there is:
+  Hub      --dataset wikitext2; a mirror of it by export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
-  folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt
+  folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt (or .jsonl, .parquet)
   sample   --dataset sample: English prose that comes with Python and needs no network"""
 
 
-class Corpus(NamedTuple):
-    streams: dict[str, Tensor]  # all token ids in order, int32, of "train", "validation" and perhaps "test"
-    tokenizer: object  # of transformers
-    vocab_size: int
-
-
-class TokenizedDataset(torch.utils.data.Dataset):
-    """Blocks of block_size inputs, with the same tokens shifted by one as targets.
-
-    A last block that is not full is left out. With pad_to, targets of -100, which no loss counts, fill it up and make
-    more blocks, so that their number is a multiple of pad_to.
-    """
-
-    def __init__(self, stream: Tensor, block_size: int, pad_to: int = 0):
-        missing = 0
-        if pad_to:
-            missing = -(len(stream) - 1) % (block_size * pad_to)
-        self.blocks = F.pad(stream, (0, missing), value=-100).unfold(0, block_size + 1, block_size)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:  # each (len(index), block_size)
-        blocks = self.blocks[index].long()
-        if torch.cuda.is_available():
-            blocks = blocks.pin_memory().cuda(non_blocking=True)  # does not wait for the GPU
-        return blocks[:, :-1].clamp_min(0), blocks[:, 1:]
+def inputs_and_targets(blocks):
+    """Tokens, and the same shifted by one, each (batch, block_size). blocks: (batch, block_size + 1)."""
+    blocks = blocks.long()
+    if torch.cuda.is_available():
+        blocks = blocks.pin_memory().cuda(non_blocking=True)  # does not wait for the GPU
+    return blocks[:, :-1], blocks[:, 1:]
 
 
 @functools.lru_cache(maxsize=2)  # drawn once an epoch; a step touches two at most
-def epoch_order(epoch: int, num_blocks: int, seed: int) -> Tensor:
+def epoch_order(epoch, num_blocks, seed):
     return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def micro_batches(data: TokenizedDataset, step: int, args: Namespace) -> Iterator:
-    """This rank's (inputs, targets) of one optimizer step, each (micro batch, block_size).
-
-    For one global batch, the samples of a step depend on seed and step alone, however many ranks and micro batches
-    share them; and a resumed run goes on in the middle of an epoch.
-    """
+def micro_batches(blocks, step, args):
+    """This rank's micro batches of an optimizer step. Its samples depend on seed and step alone, not on the ranks."""
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
-    epochs_and_places = [divmod(sample, len(data)) for sample in range(first, first + per_rank)]
-    index = torch.stack([epoch_order(epoch, len(data), args.seed)[place] for epoch, place in epochs_and_places])
+    places = [divmod(sample, len(blocks)) for sample in range(first, first + per_rank)]
+    index = torch.stack([epoch_order(epoch, len(blocks), args.seed)[place] for epoch, place in places])
     for part in index.split(args.batch_size):
-        yield data[part]
+        yield inputs_and_targets(blocks[part])
 
 
-def hub_problem() -> str:
-    """Why the Hub sends nothing, or "". Asked first, because huggingface_hub retries for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return "HF_HUB_OFFLINE is set, and the cache lacks it"
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + f"/datasets/{HUB_DATASET}/resolve/main/README.md"
+def probe_hub():
+    """Without an answer within 5 s only the Hub's cache is used: huggingface_hub would retry for minutes."""
     try:
-        urllib.request.urlopen(url, timeout=5).close()
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
     except (OSError, ValueError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import: a cached copy still loads
-        return str(error)
-    return ""
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import
+        log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
 
 
-def load_rows(dataset: str) -> dict:
-    """A Dataset with a column "text" for each split; joined, its rows are the split. No silent fallback."""
-    import datasets  # not before hub_problem() has been asked
+def load_rows(dataset):
+    """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
+    import datasets  # not before probe_hub()
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -206,16 +168,15 @@ def load_rows(dataset: str) -> dict:
 
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
-        return {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
-    formats = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
-    if len(formats) != 1:
-        raise UserError(f"--dataset {dataset}: write wikitext2, sample, or a folder of files in one of {[*FILE_TYPES]}")
-    if formats == {"text"}:  # -sig: a byte-order mark is no text
-        return datasets.load_dataset("text", data_dir=dataset, keep_linebreaks=True, encoding="utf-8-sig")
-    return datasets.load_dataset(formats.pop(), data_dir=dataset)
+        return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
+    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
+    if len(kinds) != 1:
+        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
+    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
 
 
-def load_tokenizer(name: str, train_rows: list[str], args: Namespace) -> object:
+def load_tokenizer(name, train_rows, args):
     """transformers' tokenizer of that name. bpe:SIZE is trained here, by rank 0, and is byte-level as GPT-2's is."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -225,43 +186,34 @@ def load_tokenizer(name: str, train_rows: list[str], args: Namespace) -> object:
             trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
         trained = tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0])
         return PreTrainedTokenizerFast(tokenizer_object=trained)
-    if os.path.isdir(name):
-        return PreTrainedTokenizerFast(tokenizer_file=f"{name}/tokenizer.json")
     return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
 
 
-def load_corpus(args: Namespace) -> Corpus:
-    """The same token streams on every rank. `datasets` caches them by content and shares them within a host."""
+def load_corpus(args):
+    """Token streams (int32, by split) with their tokenizer. `datasets` caches them, once for all ranks of a host."""
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
-    local = name.startswith("bpe:") or os.path.isdir(name)
-    problem = "" if local and args.dataset != "wikitext2" else hub_problem()
-    from datasets.exceptions import DatasetsError
+    if args.dataset == "wikitext2" or not (name.startswith("bpe:") or os.path.isdir(name)):
+        probe_hub()
+
+    def encode(batch):
+        # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
+        texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
+        return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
     try:
-        rows = load_rows(args.dataset)
+        rows, streams = load_rows(args.dataset).select_columns("text"), {}
         tokenizer = load_tokenizer(name, rows["train"]["text"], args)
-
-        def encode(batch: dict) -> dict:
-            # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
-            texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
-            return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
-
-        streams = {}
-        for split in ("train", "validation", "test") if "test" in rows else ("train", "validation"):
-            table = rows[split].map(encode, batched=True, remove_columns=rows[split].column_names).data
-            ids = table.column("ids").combine_chunks().flatten().to_numpy()
+        for split, table in rows.map(encode, batched=True, remove_columns="text").items():
+            ids = table.data.column("ids").combine_chunks().flatten().to_numpy()
             streams[split] = torch.tensor(ids, dtype=torch.int32)
-            if len(ids) <= args.block_size:
-                raise UserError(
-                    f"{args.dataset}, {split}: {len(ids)} tokens are too few for --block_size {args.block_size}"
-                )
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        if problem:
-            raise UserError(f"the Hugging Face Hub does not answer ({problem}). {WAYS_OUT}") from error
-        reason = f"{error.__cause__ or error!r}. It needs train* and valid* with text, or lines with a field text"
-        raise UserError(f"cannot read --dataset {args.dataset} with --tokenizer {name}: {reason}") from error
-    return Corpus(streams, tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+        shortest = min(len(streams["train"]), len(streams["validation"]))
+        if shortest <= args.block_size:
+            raise ValueError(f"a split of {shortest} tokens is too short for --block_size {args.block_size}")
+    except Exception as error:
+        source = f"--dataset {args.dataset} with --tokenizer {name}"
+        raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
+    return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
 # endregion data
@@ -271,35 +223,30 @@ def load_corpus(args: Namespace) -> Corpus:
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
 
-    def __init__(self, d_model: int, n_head: int, dropout: float):
+    def __init__(self, args):
         super().__init__()
-        self.n_head = n_head
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.projection = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.n_head = args.n_head
+        self.qkv = nn.Linear(args.d_model, 3 * args.d_model)
+        self.projection = nn.Linear(args.d_model, args.d_model)
+        self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+    def forward(self, x):  # (batch, seq, d_model)
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (batch, seq, 3, n_head, head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, n_head, seq, head_dim)
         heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.dropout(self.projection(heads.transpose(1, 2).flatten(2)))  # (batch, seq, d_model)
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, d_model: int, dropout: float):
-        up, down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
-        super().__init__(up, nn.GELU(approximate="tanh"), down, nn.Dropout(dropout))
-
-
 class TransformerBlock(nn.Module):
-    def __init__(self, d_model: int, n_head: int, dropout: float):
+    def __init__(self, args):
         super().__init__()
-        self.norm1 = nn.LayerNorm(d_model)
-        self.attention = CausalSelfAttention(d_model, n_head, dropout)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.feed_forward = FeedForward(d_model, dropout)
+        self.norm1 = nn.LayerNorm(args.d_model)
+        self.attention = CausalSelfAttention(args)
+        self.norm2 = nn.LayerNorm(args.d_model)
+        up, down = nn.Linear(args.d_model, 4 * args.d_model), nn.Linear(4 * args.d_model, args.d_model)
+        self.feed_forward = nn.Sequential(up, nn.GELU(approximate="tanh"), down, nn.Dropout(args.dropout))
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
+    def forward(self, x):  # (batch, seq, d_model)
         x = x + self.attention(self.norm1(x))
         return x + self.feed_forward(self.norm2(x))
 
@@ -307,17 +254,16 @@ class TransformerBlock(nn.Module):
 class GPTLike(nn.Module):
     """Pre-norm decoder-only transformer with learned positions and a tied head, initialized as GPT-2."""
 
-    def __init__(self, args: Namespace, vocab_size: int):
+    def __init__(self, args, vocab_size):
         super().__init__()
         self.recompute = args.activation_checkpointing
         rows = -(-vocab_size // 64) * 64  # a multiple of 64: faster matmuls
         self.token_embedding = nn.Embedding(rows, args.d_model)
         self.position_embedding = nn.Embedding(args.block_size, args.d_model)
         self.dropout = nn.Dropout(args.dropout)
-        blocks = [TransformerBlock(args.d_model, args.n_head, args.dropout) for _ in range(args.n_layer)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in blocks:  # the layers that add to the residual stream; initialize() reads std
+        for block in self.blocks:  # the layers that add to the residual stream; initialize() reads std
             block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
             block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
         torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
@@ -325,14 +271,14 @@ class GPTLike(nn.Module):
         self.head = nn.Linear(args.d_model, rows, bias=False)
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
-    def initialize(self, module: nn.Module) -> None:
+    def initialize(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
             drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens, targets=None):
         """Logits (batch, seq, rows), or with targets (batch, seq) their mean loss. tokens: (batch, seq)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (batch, seq, d_model)
@@ -341,10 +287,10 @@ class GPTLike(nn.Module):
         logits = self.head(self.final_norm(x))  # (batch, seq, rows)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # targets of -100 do not count
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
+def parameter_groups(model):
     """Matrices decay at the optimizer's rate, biases and norms never. By name: under ZeRO-3 the shapes are gone."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
@@ -353,7 +299,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def lr_factor(step: int, args: Namespace) -> float:
+def lr_factor(step, args):
     """What the peak learning rate is multiplied by: linear warm-up, then half a cosine down to a tenth."""
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
@@ -362,30 +308,23 @@ def lr_factor(step: int, args: Namespace) -> float:
 
 
 # endregion model
-
-
 # region metrics (owner: GPTLike-Base.py)
-PEAK_TFLOPS = {  # dense, 16 bit; names as torch.cuda.get_device_name() gives them
-    "NVIDIA H200": 989,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA L40S": 362,
-    "NVIDIA GeForce RTX 4090": 165,
-    "NVIDIA GeForce RTX 4090 D": 147,
-    "NVIDIA GeForce RTX 3090": 71,
-}
+# Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
+PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
 NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
+SETTINGS = (
+    "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
+)
+SETTINGS += " lr weight_decay warmup_steps dropout"
 
 
-def log(message: str) -> None:
+def log(message):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message)
         sys.stdout.flush()
 
 
-def record(fields: dict, args: Namespace) -> None:
+def record(fields, args):
     """A line on the screen and in metrics.jsonl. A resumed run may repeat steps there: a step's last line counts."""
     log(" ".join(f"{name}={value:{NUMBER_FORMATS.get(name, '.4f')}}" for name, value in fields.items()))
     if args.rank == 0:
@@ -393,61 +332,61 @@ def record(fields: dict, args: Namespace) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def write_json(path, value):
+    """By rename, so that nobody ever reads half a file."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.rename(path)
 
 
-def show_start(num_params: int, corpus: Corpus, args: Namespace) -> None:
-    script, ranks = Path(__file__).name, args.world_size
-    log(f"{script}: ZeRO stage {args.zero_stage}, world size {ranks}, precision {args.precision}")
+def show_start(num_params, corpus, args):
+    log(
+        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    for place in gather(f"{socket.gethostname()}: {device_name()}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
-        log(f"  a rank on {place}")
-    tokens = ", ".join(f"{split} {len(stream):,}" for split, stream in corpus.streams.items())
-    log(f"{args.dataset}: tokens {tokens}, vocabulary {corpus.vocab_size:,}; model: {num_params:,} parameters")
+    places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
+    tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
+    log("\n".join(f"  a rank on {place}" for place in places))
+    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {num_params:,}")
 
 
-def average_and_check(loss: Tensor, grad_norm: float | Tensor, caught: list, args: Namespace) -> tuple[float, bool]:
-    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device.
-
-    Raises UserError where loss or gradients are no numbers; fp16 skips such steps by itself.
-    """
-    total, signals = sum_over_ranks(torch.stack((loss, loss.new_tensor(bool(caught))))).tolist()
-    if args.precision != "fp16" and not math.isfinite(total + grad_norm):
-        found = f"the loss is {total / args.world_size}, the norm of its gradients {float(grad_norm)}"
+def average_and_check(loss, grad_norm, caught, args):
+    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device."""
+    losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
+    mean = sum(losses) / args.world_size
+    if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
+        found = f"the loss is {mean}, the norm of its gradients {float(grad_norm)}"
         raise UserError(f"{found}. Checkpoints are as they were. Try a lower --lr or more --warmup_steps")
-    return total / args.world_size, signals > 0
+    return mean, any(signals)
 
 
-def speed(tokens_per_second: float, num_params: int, args: Namespace) -> dict:
-    """That rate of all ranks, peak memory, and the share of the devices' peak (MFU) where that is known.
-
-    Peak memory: on a GPU the allocator's since the last call; on a CPU the process's since its start.
-    """
+def speed(tokens_per_second, num_params, args):
+    """That rate of all ranks, peak memory (of a GPU since the last call), and MFU where the device's peak is known."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if torch.cuda.is_available():
         peak_memory = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
-    if device_name() in PEAK_TFLOPS and args.precision != "fp32":
+    if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
         flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
-        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[device_name()] * 1e12 * args.world_size)
+        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[args.device_name] * 1e12 * args.world_size)
     return fields
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> dict:
+def evaluate(model, corpus, split, args):
     """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
     stream, stride = corpus.streams[split], args.batch_size * args.world_size
-    data = TokenizedDataset(stream, args.block_size, pad_to=stride)  # the same number of passes for all ranks
+    missing = -(len(stream) - 1) % (args.block_size * stride)  # filled up, so that all ranks make as many passes
+    blocks = F.pad(stream, (0, missing), value=-100).unfold(0, args.block_size + 1, args.block_size)
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
     model.eval()
-    for first in range(args.rank * args.batch_size, len(data), stride):
-        inputs, targets = data[first : first + args.batch_size]
-        count = (targets != -100).sum()
-        nats += torch.where(count > 0, model(inputs, targets) * count, 0)  # a mean over no targets is no number
+    for first in range(args.rank * args.batch_size, len(blocks), stride):
+        inputs, targets = inputs_and_targets(blocks[first : first + args.batch_size])
+        logits = model(inputs.clamp_min(0)).float().flatten(0, 1)
+        nats += F.cross_entropy(logits, targets.flatten(), reduction="sum")  # targets of -100 do not count
     model.train()
-    nats, text = sum_over_ranks(nats).item(), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
+    nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     return {
         f"{split}_loss": nats / (len(stream) - 1),
         f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
@@ -456,76 +395,7 @@ def evaluate(model: nn.Module, corpus: Corpus, split: str, args: Namespace) -> d
     }
 
 
-def show_ledger(kinds: dict[str, list], num_params: int, args: Namespace) -> dict:
-    """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1.
-
-    Called between a backward pass and a step other than the first: only then all kinds are there at once. All other
-    floating-point tensors of the process are buckets then, which gradients travel in.
-    """
-    rest = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    width = 4 if args.precision == "fp32" else 2
-    ledger, counted = {}, set()
-    for kind, bytes_each, stage in (
-        ("parameters", width, 3),
-        ("optimizer_states", 12, 1),
-        ("gradients_and_buckets", width, 2),
-    ):
-        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds[kind] + (rest if kind == "gradients_and_buckets" else []):
-            memory = tensor.untyped_storage()
-            if tensor.is_floating_point() and not tensor.is_meta and memory.data_ptr() not in counted:
-                counted.add(memory.data_ptr())
-                row = ledger.setdefault(f"{kind} on {tensor.device.type}", {"held": 0, "formula": formula})
-                row["held"] += memory.nbytes()
-    for name, row in ledger.items():
-        log(f"  {name}: rank 0 holds {row['held']:,} bytes, by the formula {row['formula']:,}")
-    return ledger
-
-
-# endregion metrics
-
-
-# region output (owner: GPTLike-Base.py)
-def write_json(path: Path, value: dict) -> None:
-    """By rename, so that nobody ever reads half a file."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
-
-
-def claim_output(args: Namespace) -> None:
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The descriptor stays open on purpose: the lock goes with it.
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
-    holds_run = (output / "args.json").exists()
-    if holds_run and args.overwrite:
-        for name in ("checkpoints", "model", "metrics.jsonl", "summary.json", "args.json"):
-            shutil.rmtree(output / name, ignore_errors=True)
-            (output / name).unlink(missing_ok=True)
-    elif holds_run and args.resume == "never":
-        raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
-
-
-def settings(corpus: Corpus, args: Namespace) -> dict:
-    """What has to be the same in a checkpoint and in the run that continues it."""
-    names = "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps "
-    names += "zero_stage world_size lr weight_decay warmup_steps dropout"
-    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
-    return {name: getattr(args, name) for name in names.split()} | {"data and tokenizer": digest}
-
-
-def check_settings(saved: dict, now: dict) -> None:
-    changed = [f"{name} {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]]
-    if changed:
-        raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
-
-
-def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, args: Namespace) -> dict:
+def validate(model, step, best, corpus, args):
     """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
     fields = {"step": step} | evaluate(model, corpus, "validation", args)
     record(fields, args)
@@ -534,126 +404,134 @@ def validate(model: nn.Module, step: int, best: dict | None, corpus: Corpus, arg
     weights = full_weights(model)  # on all ranks: ZeRO-3 gathers them together
     if args.rank == 0:
         folder = Path(args.output_dir, "model")
-        folder.mkdir(exist_ok=True)
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         corpus.tokenizer.save_pretrained(folder)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
         write_json(folder / "config.json", shape | {"vocab_size": corpus.vocab_size})
     return fields
 
 
-def finish(model: nn.Module, summary: dict, corpus: Corpus, args: Namespace) -> None:
-    if "test" in corpus.streams:
-        summary |= evaluate(model, corpus, "test", args)
-    if args.rank == 0:
-        write_json(Path(args.output_dir, "summary.json"), summary)
-    log(f"finished: see {args.output_dir}/summary.json and {args.output_dir}/model")
+def show_ledger(kinds, num_params, args):
+    """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
+    # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    width = 4 if args.precision == "fp32" else 2
+    formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
+    ledger, counted = {}, set()
+    for kind, (bytes_each, stage) in formulas.items():
+        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
+        for tensor in kinds.get(kind, tensors):
+            memory = tensor.untyped_storage()
+            if tensor.is_floating_point() and memory.data_ptr() not in counted:
+                counted.add(memory.data_ptr())
+                row = ledger.setdefault(f"{kind} on {tensor.device.type}", {"held": 0, "formula": formula})
+                row["held"] += memory.nbytes()
+    for name, row in ledger.items():
+        log(f"  {name}: rank 0 holds {row['held']:,} bytes, by the formula {row['formula']:,}")
+    return ledger
 
 
-def catch_signals() -> list[int]:
-    """A list that grows by the number of each SIGTERM and SIGINT; launchers repeat theirs."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
+def claim_output(args):
+    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        # The descriptor stays open on purpose: the lock goes with it.
+        fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
+    holds_run = (output / "args.json").exists()
+    if holds_run and args.overwrite:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+    elif holds_run and args.resume == "never":
+        raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
 
 
-# endregion output
+def settings(corpus, args):
+    """What has to be the same in a checkpoint and in the run that continues it."""
+    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
+    return {name: getattr(args, name) for name in SETTINGS.split()} | {"data and tokenizer": digest}
 
 
-# One process: what the other scripts do with collectives.
-def gather(value: object) -> list:
+def check_settings(saved, now):
+    changed = [f"{name} {saved[name]}, now {now[name]}" for name in saved if saved[name] != now[name]]
+    if changed:
+        raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
+
+
+# endregion metrics
+
+
+def gather(value):  # a collective in the other scripts
     return [value]
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def build_optimizer(model: nn.Module, args: Namespace) -> tuple[list, list, torch.optim.Optimizer]:
-    """The model's weights, fp32 copies of them, and AdamW on the copies: 16 bits are too few for its small steps."""
-    groups = parameter_groups(model)
-    weights = [weight for group in groups for weight in group["params"]]
-    for group in groups:
-        group["params"] = [weight.detach().float().clone().requires_grad_() for weight in group["params"]]
-    masters = [master for group in groups for master in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, eps=EPS, weight_decay=args.weight_decay, fused=True)
-    return weights, masters, optimizer
-
-
-@torch.no_grad()
-def copy_all(sources: list[Tensor], targets: list[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
-
-
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
+def full_weights(model):
     return {name: weight.detach().cpu() for name, weight in model.named_parameters()}
 
 
-def main() -> None:
-    parser = build_parser()
-    parser.set_defaults(**DEFAULTS)
-    args = parse_args(parser)
+def main():
+    args = parse_args()
     args.zero_stage, args.rank, args.world_size = ZERO_STAGE, 0, 1
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py on several ranks")
+    args.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if args.precision == "fp16":
         raise UserError("fp16 needs loss scaling: run DeepSpeed-GPTLike-ZeRO-1.py, or take --precision bf16 or fp32")
     torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off
     corpus = load_corpus(args)
-    data = TokenizedDataset(corpus.streams["train"], args.block_size)
-    global_batch = args.batch_size * args.gradient_accumulation_steps * args.world_size
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / global_batch)
+    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
+    global_batch = args.batch_size * args.gradient_accumulation_steps
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(blocks) / global_batch)
     claim_output(args)
 
     model = GPTLike(args, corpus.vocab_size).to(args.device, torch.bfloat16 if args.precision == "bf16" else None)
-    weights, masters, optimizer = build_optimizer(model, args)
+    masters = copy.deepcopy(model).float()  # AdamW steps these, because 16 bits are too few for its small steps
+    optimizer = torch.optim.AdamW(parameter_groups(masters), betas=BETAS, weight_decay=args.weight_decay, fused=True)
     if args.compile:
         model.compile()
-    num_params = sum(weight.numel() for weight in weights)
+    num_params = sum(weight.numel() for weight in model.parameters())
     show_start(num_params, corpus, args)
 
-    step, best, checkpoint_path = 0, None, Path(args.output_dir, "checkpoints", "state.pt")
+    step, best, ledger, output, now = 0, None, {}, Path(args.output_dir), settings(corpus, args)
+    checkpoint_path = output / "checkpoints" / "state.pt"
     if checkpoint_path.exists():
         state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        check_settings(state["settings"], settings(corpus, args))
-        step, best = state["step"], state["best"]
-        copy_all(state["masters"], masters)
-        copy_all(masters, weights)
+        check_settings(state["settings"], now)
+        step, best, ledger = state["step"], state["best"], state["ledger"]
+        masters.load_state_dict(state["masters"])
+        model.load_state_dict(state["masters"])
         optimizer.load_state_dict(state["optimizer"])
-        log(f"resumed from step {step} of {args.output_dir}")
-    if step >= args.max_steps and Path(args.output_dir, "summary.json").exists():
-        return log(f"this run is finished, see {args.output_dir}/summary.json; more --max_steps would go on")
-    write_json(Path(args.output_dir, "args.json"), vars(args))
-    shutil.copy(__file__, args.output_dir)
-    Path(args.output_dir, "summary.json").unlink(missing_ok=True)  # of a run that goes on now
+        log(f"resumed from step {step} of {output}")
+    write_json(output / "args.json", vars(args))
+    shutil.copy(__file__, output)
 
-    caught, ledger = catch_signals(), {}
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
     bar = tqdm(total=args.max_steps, initial=step, disable=None)  # shows on a terminal only
-    first_step, clock_step, clock = step, step, time.perf_counter()
+    clock_step, clock = step, time.perf_counter()
     while step < args.max_steps:
         torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
         loss = torch.zeros((), device=args.device)
-        for inputs, targets in micro_batches(data, step, args):
+        for inputs, targets in micro_batches(blocks, step, args):
             micro_loss = model(inputs, targets) / args.gradient_accumulation_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        if step == first_step + 1:
+        if step > 0 and not ledger:  # at step 0 the optimizer has no moments yet
             moments = [value for state in optimizer.state.values() for value in state.values()]
-            kinds = {"parameters": weights, "optimizer_states": masters + moments}
-            ledger = show_ledger(
-                kinds | {"gradients_and_buckets": [weight.grad for weight in weights]}, num_params, args
-            )
-        for weight, master in zip(weights, masters, strict=True):
+            kinds = {"parameters": [*model.parameters()], "optimizer_states": [*masters.parameters(), *moments]}
+            ledger = show_ledger(kinds, num_params, args)
+        for weight, master in zip(model.parameters(), masters.parameters(), strict=True):
             master.grad = weight.grad.float()
-        grad_norm = nn.utils.clip_grad_norm_(masters, GRADIENT_CLIPPING)
+        grad_norm = nn.utils.clip_grad_norm_(masters.parameters(), GRADIENT_CLIPPING)
         lr = args.lr * lr_factor(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        copy_all(masters, weights)
+        model.load_state_dict(masters.state_dict())
         optimizer.zero_grad()
         model.zero_grad()
         step += 1
@@ -670,8 +548,8 @@ def main() -> None:
         if eval_due:
             best = validate(model, step, best, corpus, args)
         if save_due or stopping:
-            state = {"step": step, "best": best, "settings": settings(corpus, args)}
-            state |= {"masters": masters, "optimizer": optimizer.state_dict()}
+            state = {"step": step, "best": best, "ledger": ledger, "settings": now}
+            state |= {"masters": masters.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint_path.parent.mkdir(exist_ok=True)
             torch.save(state, checkpoint_path.with_suffix(".part"))
             checkpoint_path.with_suffix(".part").rename(checkpoint_path)  # a killed run leaves the one before
@@ -680,7 +558,11 @@ def main() -> None:
             os._exit(128 + caught[0])
         clock_step, clock = step, time.perf_counter()
     bar.close()
-    finish(model, {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}, corpus, args)
+    summary = {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}
+    if "test" in corpus.streams:
+        summary |= evaluate(model, corpus, "test", args)
+    write_json(output / "summary.json", summary)
+    log(f"finished: see {output}/summary.json and {output}/model")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:  # each (block_size,)
         epoch, place = divmod(sample, len(self.data))
         block = base.epoch_order(epoch, len(self.data), self.seed)[place]
-        inputs, targets = self.data[block : block + 1]
-        return inputs[0].cpu(), targets[0].cpu()  # the framework moves them
+        return self.data[block, :-1].long(), self.data[block, 1:].long()  # the framework moves them
 
 
 def read_config(path: str) -> dict:
@@ -62,7 +61,7 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Sa
     """The scripts' model with their first weights, and the samples of the whole run."""
     args.rank = 0  # each rank trains its own bpe:SIZE: GPTLike-Base.py knows no other ranks
     corpus = base.load_corpus(args)
-    data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+    data = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     global_batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * RANKS
     torch.manual_seed(args.seed)
     return base.GPTLike(args, corpus.vocab_size), Samples(data, args.max_steps * global_batch, args.seed)
@@ -77,7 +76,7 @@ def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="as in the scripts")
     parser.set_defaults(**FIXED)
-    args = base.parse_args(parser)
+    args = parser.parse_args()
     try:
         main(args, read_config(args.ds_config))
     except base.UserError as error:

@@ -36,10 +36,9 @@ def load_script(name: str) -> ModuleType:
 
 def script_args(script: ModuleType, *words: str) -> Namespace:
     """The script's arguments as on one rank without a launcher."""
-    parser = script.build_parser()
-    parser.set_defaults(**getattr(script, "DEFAULTS", {}))
-    args = parser.parse_args(words)
-    args.rank, args.world_size, args.local_rank, args.device, args.zero_stage = 0, 1, 0, "cpu", 0
+    args = script.parse_args(words)
+    args.rank, args.world_size, args.local_rank, args.zero_stage = 0, 1, 0, 0
+    args.device, args.device_name = "cpu", "CPU"
     return args
 
 

@@ -17,6 +17,7 @@ Sources: https://github.com/karpathy/nanoGPT (model.py, train.py); https://huggi
 """
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -144,22 +145,24 @@ class DataParallel:
 
     def __init__(self, args: argparse.Namespace, vocab_size: int):
         model = base.GPTLike(args, vocab_size).to(torch.bfloat16 if args.precision == "bf16" else None)
-        self.weights, self.masters, self.optimizer = base.build_optimizer(model, args)
-        self.args, self.model = args, nn.parallel.DistributedDataParallel(model)
+        self.masters = copy.deepcopy(model).float()
+        groups = base.parameter_groups(self.masters)
+        self.optimizer = torch.optim.AdamW(groups, betas=base.BETAS, weight_decay=args.weight_decay, fused=True)
+        self.args, self.model, self.ddp = args, model, nn.parallel.DistributedDataParallel(model)
 
     def take_step(self, step: int, batches: Iterator) -> float:
         total = torch.zeros(())
         for inputs, targets in batches:
-            loss = self.model(inputs, targets) / self.args.gradient_accumulation_steps
+            loss = self.ddp(inputs, targets) / self.args.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
-        for weight, master in zip(self.weights, self.masters, strict=True):
+        for weight, master in zip(self.model.parameters(), self.masters.parameters(), strict=True):
             master.grad = weight.grad.float()
-        nn.utils.clip_grad_norm_(self.masters, base.GRADIENT_CLIPPING)
+        nn.utils.clip_grad_norm_(self.masters.parameters(), base.GRADIENT_CLIPPING)
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * base.lr_factor(step, self.args)
         self.optimizer.step()
-        base.copy_all(self.masters, self.weights)
+        self.model.load_state_dict(self.masters.state_dict())
         self.optimizer.zero_grad()
         self.model.zero_grad()
         dist.all_reduce(total)
@@ -167,13 +170,13 @@ class DataParallel:
 
 
 def train(kind: type, args: argparse.Namespace, corpus: tuple) -> None:
-    data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
     rival = kind(args, corpus.vocab_size)
     num_params = sum(weight.numel() for weight in rival.model.parameters())
     clock = time.perf_counter()
     for step in range(args.max_steps):
-        loss = rival.take_step(step, base.micro_batches(data, step, args))
+        loss = rival.take_step(step, base.micro_batches(blocks, step, args))
         speed = base.speed(tokens / (time.perf_counter() - clock), num_params, args)
         base.record({"step": step + 1, "loss": loss} | speed, args)
         clock = time.perf_counter()
@@ -202,13 +205,13 @@ def train_with_trainer(args: argparse.Namespace, corpus: tuple) -> None:
     import transformers
 
     class Blocks(torch.utils.data.Dataset):
-        data = base.TokenizedDataset(corpus.streams["train"], args.block_size)
+        data = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
 
         def __len__(self) -> int:
             return len(self.data)
 
         def __getitem__(self, index: int) -> dict[str, Tensor]:
-            inputs = self.data[index : index + 1][0][0]
+            inputs = self.data[index, :-1].long()
             return {"input_ids": inputs, "labels": inputs}  # the model shifts the labels itself
 
     class Recorder(transformers.TrainerCallback):
@@ -242,12 +245,12 @@ KINDS = {"nanogpt": NanoGPT, "original": Original, "ddp": DataParallel}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = base.build_parser()
-    parser.prog, parser.description = Path(__file__).name, __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="All other flags: GPTLike-Base.py's.")
     parser.add_argument("rival", choices=[*KINDS, "trainer"], help="what to train")
     parser.add_argument("--ds_config", default=str(ROOT / "configs/zero2.json"), help="DeepSpeed's JSON, for trainer")
-    parser.set_defaults(**base.DEFAULTS, output_dir="runs/rival", max_steps=20)
-    args = base.parse_args(parser)
+    own, words = parser.parse_known_args()
+    args = base.parse_args(["--output_dir", "runs/rival", "--max_steps", "20", *words])
+    args.rival, args.ds_config, args.device_name = own.rival, own.ds_config, "CPU"
     if args.precision == "fp16" or (args.rival == "original" and args.precision != "fp32"):
         parser.error(f"{args.rival} does not train in {args.precision} on a CPU: add --precision fp32")
     if args.rival in ("ddp", "trainer") and "RANK" not in os.environ:

@@ -40,6 +40,15 @@ def load_script(name: str) -> ModuleType:
     return sys.modules[module_name]
 
 
+def right_script(zero: dict) -> str:
+    """The script that a JSON's zero_optimization is for."""
+    places = [zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
+    stage = zero.get("stage", 0)
+    if places != ["none", "none"]:
+        return SCRIPTS[4]
+    return SCRIPTS[stage] if stage in (0, 1, 2, 3) else ""
+
+
 def read_json(path: Path) -> dict:
     """Raises ToolError that names the file, if it is missing or not a JSON object."""
     try:

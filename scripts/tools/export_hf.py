@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-import torch.nn.functional as F
 from common import ToolError, cpu_default, exit_with, load_script, read_json, read_metrics
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -232,8 +231,8 @@ class AsGPTLike(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(tokens).logits.float().flatten(0, 1), targets.flatten())  # ()
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits  # (batch, seq, vocab_size)
 
 
 def compare_loss(folder: Path, trained: Trained, corpus: tuple, dtype: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from common import SCRIPTS, cpu_default, load_script
+from common import SCRIPTS, cpu_default, load_script, right_script
 
 cpu_default()
 import hjson  # noqa: E402
@@ -49,19 +49,17 @@ def leaves(section: dict, path: str = "") -> Iterator[tuple[str, object]]:
 
 def script_for(path: str) -> ModuleType:
     """The script whose check is asked: the one that the JSON is for, else the first with a JSON, which says so."""
-    first = load_script(SCRIPTS[1])
     try:
-        name = first.right_script(hjson.loads(Path(path).read_text())["zero_optimization"])
+        name = right_script(hjson.loads(Path(path).read_text())["zero_optimization"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return first
-    return load_script(name) if name in SCRIPTS else first
+        name = ""
+    return load_script(name if name in SCRIPTS[1:] else SCRIPTS[1])
 
 
 def lint(path: str, flags: argparse.Namespace) -> list[Row]:
     script = script_for(path)
-    parser = script.build_parser()
-    args = parser.parse_args([])
-    args.ds_config, args.world_size = path, flags.world_size
+    args = script.parse_args(["--ds_config", path])
+    args.world_size = flags.world_size
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
@@ -70,7 +68,7 @@ def lint(path: str, flags: argparse.Namespace) -> list[Row]:
         return [("FAIL", str(error).removeprefix(f"--ds_config {path}").lstrip(": "))]
     zero = config["zero_optimization"]
     rows = [("ok", f"for {Path(script.__file__).name}, stage {zero['stage']}, precision {args.precision}")]
-    rows += [("ok", line) for line in said.getvalue().splitlines() if '"auto"' in line]
+    rows += [("ok", line.removeprefix(f"{path}: ")) for line in said.getvalue().splitlines() if "auto" in line]
     rows += [
         ("warn", f'{name} stays "auto", which means DeepSpeed\'s default here')
         for name, v in leaves(config)

@@ -37,7 +37,7 @@ from types import ModuleType
 from typing import BinaryIO
 
 import torch
-from common import ROOT, load_script
+from common import ROOT, load_script, right_script
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # a parameter's files in a universal checkpoint
 PLAN = "RESHAPE_PLAN"  # environment: the folder of the work that a new rank takes part in
@@ -270,10 +270,10 @@ def make_plan(options: argparse.Namespace, target: Path, script: ModuleType) -> 
     now = {"zero_stage": stage, "world_size": options.world_size, "batch_size": micro}
     now |= {"gradient_accumulation_steps": accumulation}
     return {
-        "script": script.right_script(config["zero_optimization"]),
+        "script": right_script(config["zero_optimization"]),
         "args": args | now,
         "config": config,
-        "mark": mark | {"settings": settings | now},
+        "mark": mark | {"settings": settings | now, "ledger": {}},  # of other ranks
         "checkpoint": str(checkpoint.resolve()),
         "name": checkpoint.name,
         "old": settings,
@@ -285,7 +285,7 @@ def continue_command(plan: dict, target: Path, ranks: int, script: ModuleType) -
     path = ROOT / plan["script"]
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     words = ["torchrun", "--nproc_per_node", str(ranks), str(path), "--ds_config", str(target / "ds_config.json")]
-    defaults = vars(script.build_parser().parse_args([]))
+    defaults = vars(script.parse_args([]))
     for name, value in plan["args"].items():
         if name in defaults and name not in NOT_FLAGS and value != defaults[name]:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]

@@ -28,11 +28,10 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("words", "message"), FLAGS)
-def test_flags(words, message, capsys, monkeypatch):
+def test_flags(words, message, capsys):
     script = load_script(BASE)
-    monkeypatch.setattr("sys.argv", ["GPTLike-Base.py", *words.split()])
     with pytest.raises(SystemExit) as stop:
-        script.parse_args(script.build_parser())
+        script.parse_args(words.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -54,11 +53,11 @@ AUTO = config(
 REFUSED = [
     (ZERO1, "{ nonsense", "Bad key name"),
     (ZERO1, "[1]", "is not what this run can take: AttributeError"),
-    (ZERO1, "", "is for GPTLike-Base.py, which takes no JSON"),
+    (ZERO1, "", "stage 0 is GPTLike-Base.py, without a JSON"),
     (
         ZERO1,
         config(zero_optimisation={}),
-        r"unknown key zero_optimisation; did you mean zero_optimization",
+        r"unknown key zero_optimisation; close: .'zero_optimization'",
     ),
     (
         ZERO1,
@@ -71,7 +70,6 @@ REFUSED = [
     (ZERO1, config(bf16={"enabled": "maybe"}), "enabled\\n  Input should be a valid boolean"),
     (ZERO1, config(train_batch_size=7), "train_batch_size is not equal to micro_batch_per_gpu .* 7 != 8"),
     (ZERO1, config(train_micro_batch_size_per_gpu=0), "Train batch size: 0 has to be greater than 0"),
-    (ZERO1, config(optimizer={"type": "Adagrad", "params": {}}), "lose a second parameter group of Adagrad"),
     (ZERO1, config(zero_optimization={"stage": 2}), "is for DeepSpeed-GPTLike-ZeRO-2.py"),
     (ZERO2, config(zero_optimization={"stage": 3}), "is for DeepSpeed-GPTLike-ZeRO-3.py"),
     (ZERO3, config(zero_optimization={"stage": 1}), "is for DeepSpeed-GPTLike-ZeRO-1.py"),
@@ -122,18 +120,22 @@ def test_offload(zero, message):
 
 
 DATA = [
-    ({}, "", "write wikitext2, sample, or a folder"),
-    ({"train.csv": "x"}, "", "write wikitext2, sample, or a folder"),
-    ({"train.txt": "a b\n" * 99}, "", "KeyError..validation... It needs train. and valid."),
-    ({"train.txt": "a b\n" * 99, "valid.jsonl": '{"text": "x"}'}, "", "in one of"),
-    ({"train.txt": "a b\n" * 99, "valid.txt": "a\n"}, "", "validation: 2 tokens are too few for --block_size 256"),
+    ({}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
+    ({"train.csv": "x"}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
+    ({"train.txt": "a b\n" * 99}, "", "KeyError..validation.*with DIR/train.txt and DIR/valid.txt"),
+    (
+        {"train.txt": "a b\n" * 99, "valid.jsonl": '{"text": "x"}'},
+        "",
+        "no folder with files of one kind: .'json', 'text'.",
+    ),
+    ({"train.txt": "a b\n" * 99, "valid.txt": "a\n"}, "", "a split of 2 tokens is too short for --block_size 256"),
     ({"train.txt": "a b\n" * 99, "valid.txt": b"\xff\xfe\x00"}, "", "UnicodeDecodeError"),
-    ({"train.txt": "", "valid.txt": ""}, "", "cannot read --dataset"),
-    ({"train.jsonl": '{"body": "x"}', "valid.jsonl": '{"body": "x"}'}, "", "cannot read --dataset .*text"),
-    ({"train.jsonl": "{", "valid.jsonl": "{"}, "", "cannot read --dataset"),
-    ({"train.parquet": "no", "valid.parquet": "no"}, "", "cannot read --dataset"),
+    ({"train.txt": "", "valid.txt": ""}, "", "cannot take --dataset"),
+    ({"train.jsonl": '{"body": "x"}', "valid.jsonl": '{"body": "x"}'}, "", "cannot take --dataset .*text"),
+    ({"train.jsonl": "{", "valid.jsonl": "{"}, "", "cannot take --dataset"),
+    ({"train.parquet": "no", "valid.parquet": "no"}, "", "cannot take --dataset"),
     ({"train.txt": "a b\n" * 99, "valid.txt": "a b\n" * 99}, "--tokenizer bpe:many", "invalid literal.*many"),
-    ({"train.txt": "a b\n" * 99, "valid.txt": "a b\n" * 99}, "--tokenizer .", "cannot read --dataset .* --tokenizer"),
+    ({"train.txt": "a b\n" * 99, "valid.txt": "a b\n" * 99}, "--tokenizer .", "cannot take --dataset .* --tokenizer"),
 ]
 
 

@@ -116,7 +116,7 @@ def test_without_the_data_it_says_that_the_loss_was_not_compared(run, tmp_path, 
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "args.json").write_text(json.dumps(ARGS | SHAPE | {"dataset": "gone"}))
     assert call(export_hf, tmp_path / "run", tmp_path / "a") == 0
-    assert "its validation loss was NOT compared with the run's: --dataset gone: " in capsys.readouterr().out
+    assert "its validation loss was NOT compared with the run's: cannot take --dataset gone " in capsys.readouterr().out
     assert call(export_hf, run, tmp_path / "b", "--skip_evaluation") == 0
     assert "its validation loss was NOT compared with the run's: --skip_evaluation" in capsys.readouterr().out
 
