@@ -74,13 +74,13 @@ main() {
   case "$mode" in # elastic: without --local_addr others get this host's name, which may not resolve
     torchrun) cmd+=("--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT"
       "--rdzv_conf=timeout=$RDZV_TIMEOUT") ;;
-    elastic) cmd+=(--rdzv_backend=c10d "--rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT" "--rdzv_id=${RDZV_ID:-gptlike}"
+    elastic) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restart meets the addresses of dead ranks
+      cmd+=(--rdzv_backend=c10d "--rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT" "--rdzv_id=${RDZV_ID:-gptlike}"
       "--rdzv_conf=is_host=$IS_HOST,join_timeout=$RDZV_TIMEOUT,read_timeout=$RDZV_TIMEOUT" --local_addr="$HERE") ;;
     *) cmd=(deepspeed --hostfile "$hostfile" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
   cmd+=("${words[@]}" "$@")
-  printf '+'; printf ' %q' "${cmd[@]}"; echo
-  if "$dry_run"; then return; fi
+  printf '+'; printf ' %q' "${cmd[@]}"; echo; ! "$dry_run" || return 0
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
   [[ "$mode" != deepspeed ]] || write_deepspeed_env
   echo "waiting for all hosts (RDZV_TIMEOUT=$RDZV_TIMEOUT); scripts/tools/network_check.py says which one is missing"
