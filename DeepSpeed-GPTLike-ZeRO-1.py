@@ -584,6 +584,8 @@ def load_ds_config(args):
     args.gradient_accumulation_steps = settled.gradient_accumulation_steps
     args.lr, args.weight_decay = params["lr"], params["weight_decay"]
     args.precision = "bf16" if settled.bfloat16_config.enabled else "fp16" if settled.float16_config.enabled else "fp32"
+    if optimizer["type"].lower() == "adagrad" and zero.stage < 3:
+        raise UserError(f"{source}: DeepSpeed's stages 1 and 2 lose a second parameter group of Adagrad")
     if optimizer["type"].lower() in ("adam", "adamw") and not (offloads and shutil.which("c++")):
         # PyTorch's: DeepSpeed's own needs nvcc, and for offloading, where it is the faster one, a C++ compiler.
         params |= {"torch_adam": True, "fused": True}

@@ -478,6 +478,8 @@ def main():
     args.zero_stage, args.rank, args.world_size = ZERO_STAGE, 0, 1
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("it trains in one process: run DeepSpeed-GPTLike-ZeRO-1.py on several ranks")
     if args.precision == "fp16":
         raise UserError("fp16 needs loss scaling: run DeepSpeed-GPTLike-ZeRO-1.py, or take --precision bf16 or fp32")
     torch.zeros(1).exp()  # by one thread: of two that make MKL's first call at once, one may be 1e-4 off

@@ -77,6 +77,8 @@ def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
         parser.add_argument(f"--{name}", type=type(value), default=value, help="as in the scripts")
     parser.set_defaults(**FIXED)
     args = parser.parse_args()
+    if args.d_model % args.n_head:
+        parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
     try:
         main(args, read_config(args.ds_config))
     except base.UserError as error:

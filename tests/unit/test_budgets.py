@@ -10,12 +10,12 @@ from conftest import BASE, MULTIHOSTS, OFFLOAD, ROOT, ZERO1, ZERO2, ZERO3
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 BUDGETS = {  # physical lines, tokens without comments and layout
-    BASE: (690, 5_650),
-    ZERO1: (910, 7_250),
-    ZERO2: (910, 7_250),
-    ZERO3: (910, 7_250),
-    OFFLOAD: (930, 7_450),
-    MULTIHOSTS: (930, 7_450),
+    BASE: (575, 4_910),
+    ZERO1: (775, 6_400),
+    ZERO2: (775, 6_400),
+    ZERO3: (785, 6_430),
+    OFFLOAD: (800, 6_570),
+    MULTIHOSTS: (800, 6_610),
 }
 
 
