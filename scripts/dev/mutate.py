@@ -21,7 +21,7 @@ from common import table  # noqa: E402
 
 BASE, ZERO1, ZERO3 = "GPTLike-Base.py", "DeepSpeed-GPTLike-ZeRO-1.py", "DeepSpeed-GPTLike-ZeRO-3.py"
 MULTIHOSTS = "DeepSpeed-GPTLike-Multihosts.py"
-LEFT_OUT = (".git", ".venv", "runs", ".pytest_cache", ".ruff_cache", "__pycache__")
+LEFT_OUT = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__"}
 
 
 class Mutant(NamedTuple):
@@ -152,7 +152,8 @@ MUTANTS = (
 def copy_of(mutant: Mutant, folder: Path) -> Path:
     """A copy of the project with the one change. Raises ValueError where the text does not stand there exactly once."""
     copy = folder / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    left_out = {ROOT: LEFT_OUT | {"runs"}}  # tests/runs is needed
+    shutil.copytree(ROOT, copy, ignore=lambda place, names: left_out.get(Path(place), LEFT_OUT) & {*names})
     (copy / ".venv").symlink_to(ROOT / ".venv")
     path = copy / mutant.file
     text = path.read_text(encoding="utf-8")
