@@ -144,7 +144,7 @@ MUTANTS = (
         BASE,
         "model(inputs, targets) / args.gradient_accumulation_steps",
         "model(inputs, targets)",
-        "runs/test_parity.py",
+        "runs/test_scripts.py::test_accumulation_of_base",
     ),
 )
 

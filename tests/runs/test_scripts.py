@@ -106,6 +106,14 @@ def test_compile_and_accumulation(script, tmp_path):
     assert max(abs(a - b) for a, b in pairs) < 1e-5
 
 
+def test_accumulation_of_base(tmp_path):
+    train(BASE, tmp_path / "plain", *STEPS, "--dropout", "0")
+    words = ("--gradient_accumulation_steps", "4", "--batch_size", "1", "--dropout", "0")
+    train(BASE, tmp_path / "other", *STEPS, *words)
+    pairs = zip(losses(tmp_path / "plain").values(), losses(tmp_path / "other").values(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
 @pytest.mark.drill
 @pytest.mark.timeout(960)
 def test_parameters_and_states_on_nvme(tmp_path):
