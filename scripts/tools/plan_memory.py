@@ -12,8 +12,8 @@ DeepSpeed      what DeepSpeed's own estimators say of a GPU and of a host
 buffers        the JSON's buckets, gradients on their way, and at stage 3 the weights that stay gathered
 peak           the fullest moment on a GPU, activations and logits with it: forward's end, backward's start or end, step
 checkpointing  the same with --activation_checkpointing
-host           all ranks of a host: at the start (stages 0 to 2 build the model in fp32 there), or at the end, offloaded
-               states and the whole weights that each rank gathers then
+host           all ranks of the first host: at the start (stages 0 to 2 build the model in fp32 there), or when it
+               saves, offloaded states and the whole weights that rank 0 takes there
 largest        the most parameters that fit the smallest GPU and host, with --activation_checkpointing
 
 What the sums rest on is in tests/unit/test_plan_memory.py. On GPUs:
@@ -258,11 +258,12 @@ def offloaded(model: Model, plan: Plan, ranks: int) -> float:
     return held
 
 
-def host_bytes(model: Model, plan: Plan, ranks: int) -> float:
-    """Of one rank in host memory, at the fullest moment of a run: the model in fp32 at the start of stages 0 to 2, or
-    what is offloaded and the whole weights that every rank gathers at the end."""
+def host_bytes(model: Model, plan: Plan, machine: Machine) -> float:
+    """Of all ranks of the first host, at the fullest moment of a run: each rank's model in fp32 at the start of stages
+    0 to 2, or what is offloaded and the whole weights that rank 0 alone takes to the CPU to save them."""
     start = 4 * model.parameters if plan.stage < 3 else 0
-    return max(start, offloaded(model, plan, ranks) + WIDTH[plan.precision] * model.parameters)
+    held = offloaded(model, plan, machine.ranks)
+    return max(start * machine.ranks_per_host, held * machine.ranks_per_host + WIDTH[plan.precision] * model.parameters)
 
 
 def nvme_bytes(model: Model, plan: Plan, ranks: int) -> float:
@@ -324,7 +325,7 @@ def verdict(model: Model, plan: Plan, machine: Machine, gpu: float, *, dropout: 
     room, word = (gpu - machine.reserve) * GIB, ""
     for name, on in (("checkpointing", True), ("fits", False)):
         word = name if peak(model, plan, machine.ranks, dropout=dropout, checkpointing=on) <= room else word
-    host = host_bytes(model, plan, machine.ranks) * machine.ranks_per_host
+    host = host_bytes(model, plan, machine)
     short_of = [] if word else ["GPU"]
     short_of += ["host"] if machine.hosts and host > min(machine.hosts) * GIB else []
     return f"no: {', '.join(short_of)}" if short_of else word
@@ -504,7 +505,7 @@ def stage_facts(model: Model, plan: Plan, machine: Machine, *, dropout: float) -
         "logits": max(logits(model, plan).values()),
         "peak": peaks[0],
         "peak_checkpointing": peaks[1],
-        "host": host_bytes(model, plan, machine.ranks) * machine.ranks_per_host,
+        "host": host_bytes(model, plan, machine),
         "nvme": nvme_bytes(model, plan, machine.ranks) * machine.ranks_per_host,
         "verdicts": {f"{gpu:g}": verdict(model, plan, machine, gpu, dropout=dropout) for gpu in machine.gpus},
         "largest": largest_model(model, plan, machine, dropout=dropout),
