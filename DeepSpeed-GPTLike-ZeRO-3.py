@@ -5,7 +5,7 @@ Adds to DeepSpeed-GPTLike-ZeRO-2.py:
 - `deepspeed.zero.Init` around the model's construction: no rank ever holds the whole model
 - weights are gathered before they are saved: on its own, a rank's state_dict() holds empty tensors
 Partitioned across ranks: optimizer states, gradients and parameters. 16P/N bytes are left on each of N ranks. Layers
-are gathered just before they run, which costs half as much communication again: 3P elements a step.
+are gathered just before they run, which by the paper's count costs half as much again to send: 3P elements a step.
 
 Run:
     deepspeed --num_gpus 2 DeepSpeed-GPTLike-ZeRO-3.py
