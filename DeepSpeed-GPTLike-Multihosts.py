@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 ZERO_STAGE = 2
 DEFAULTS = {"ds_config": "configs/multihosts.json"}
@@ -63,7 +63,7 @@ class UserError(Exception):
 
 
 def parse_args(words=None):
-    """The flags of all six scripts. Those that stand in the JSON, too, have a default in GPTLike-Base.py only."""
+    """The flags of all six scripts. What the JSON holds, too, has a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def add(name, default, text, kind=int, low=1, high=2**31):
@@ -125,13 +125,10 @@ def run(main):
 
 
 # endregion arguments
-
-
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
-FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 DATA_HELP = """What there is:
-  Hub      --dataset wikitext2; a mirror of it by export HF_ENDPOINT=https://YOUR-MIRROR
+  Hub      --dataset wikitext2; from a mirror: export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
   folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt (or .jsonl, .parquet)
   sample   --dataset sample: English prose that comes with Python and needs no network"""
@@ -160,19 +157,9 @@ def micro_batches(blocks, step, args):
         yield inputs_and_targets(blocks[part])
 
 
-def probe_hub():
-    """Without an answer within 5 s only the Hub's cache is used: huggingface_hub would retry for minutes."""
-    try:
-        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
-    except (OSError, ValueError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import
-        log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
-
-
 def load_rows(dataset):
     """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
-    import datasets  # not before probe_hub()
+    import datasets
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -183,11 +170,10 @@ def load_rows(dataset):
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
-    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
-    if len(kinds) != 1:
-        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
-    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
-    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
+    endings = {ending for path in Path(dataset).rglob("*") for ending in path.suffixes}
+    builder = "parquet" if ".parquet" in endings else "json" if ".jsonl" in endings else "text"
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if builder == "text" else {}  # drops a byte-order mark
+    return datasets.load_dataset(builder, data_dir=dataset, **options)
 
 
 def load_tokenizer(name, train_rows, args):
@@ -198,8 +184,7 @@ def load_tokenizer(name, train_rows, args):
         trainer = tokenizers.ByteLevelBPETokenizer()
         if args.rank == 0:
             trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
-        trained = tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0])
-        return PreTrainedTokenizerFast(tokenizer_object=trained)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0]))
     return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
 
 
@@ -208,7 +193,12 @@ def load_corpus(args):
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
     if args.dataset == "wikitext2" or not (name.startswith("bpe:") or os.path.isdir(name)):
-        probe_hub()
+        try:
+            url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
+        except (OSError, ValueError) as error:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import; else huggingface_hub retries for minutes
+            log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
 
     def encode(batch):
         # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
@@ -227,12 +217,11 @@ def load_corpus(args):
     except Exception as error:
         source = f"--dataset {args.dataset} with --tokenizer {name}"
         raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
+    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()
     return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
 # endregion data
-
-
 # region model (owner: GPTLike-Base.py)
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
@@ -326,10 +315,9 @@ def lr_factor(step, args):
 # Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
 PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
 NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
-SETTINGS = (
-    "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
-)
-SETTINGS += " lr weight_decay warmup_steps dropout"
+# What has to be the same in a checkpoint and in the run that continues it. "data" is a digest of the train tokens.
+SETTINGS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
+    weight_decay warmup_steps zero_stage world_size data""".split()
 
 
 def log(message):
@@ -354,10 +342,8 @@ def write_json(path, value):
 
 
 def show_start(num_params, corpus, args):
-    log(
-        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
-    )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
+    log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
     places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
     log("\n".join(f"  a rank on {place}" for place in places))
@@ -375,11 +361,10 @@ def average_and_check(loss, grad_norm, caught, args):
 
 
 def speed(tokens_per_second, num_params, args):
-    """That rate of all ranks, peak memory (of a GPU since the last call), and MFU where the device's peak is known."""
+    """That rate of all ranks, this rank's peak memory so far, and MFU where the device's peak is known."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if torch.cuda.is_available():
         peak_memory = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
     fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
     if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
         flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
@@ -388,9 +373,9 @@ def speed(tokens_per_second, num_params, args):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, split, args):
-    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
-    stream, stride = corpus.streams[split], args.batch_size * args.world_size
+def evaluate(model, corpus, args):
+    """Mean loss over every token of the validation split, perplexity per token and per word, and bits per byte."""
+    stream, stride = corpus.streams["validation"], args.batch_size * args.world_size
     missing = -(len(stream) - 1) % (args.block_size * stride)  # filled up, so that all ranks make as many passes
     blocks = F.pad(stream, (0, missing), value=-100).unfold(0, args.block_size + 1, args.block_size)
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
@@ -401,17 +386,16 @@ def evaluate(model, corpus, split, args):
         nats += F.cross_entropy(logits, targets.flatten(), reduction="sum")  # targets of -100 do not count
     model.train()
     nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
-    return {
-        f"{split}_loss": nats / (len(stream) - 1),
-        f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
-        f"{split}_word_perplexity": math.exp(min(700, nats / len(text.split()))),
-        f"{split}_bits_per_byte": nats / math.log(2) / len(text.encode()),
-    }
+    loss = nats / (len(stream) - 1)
+    figures = {"loss": loss, "perplexity": math.exp(min(700, loss))}
+    figures |= {"word_perplexity": math.exp(min(700, nats / len(text.split())))}
+    figures |= {"bits_per_byte": nats / math.log(2) / len(text.encode())}
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def validate(model, step, best, corpus, args):
-    """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
-    fields = {"step": step} | evaluate(model, corpus, "validation", args)
+    """Record those figures. The model of the lowest loss so far stands in model/; returns its step and figures."""
+    fields = {"step": step} | evaluate(model, corpus, args)
     record(fields, args)
     if best and not fields["validation_loss"] < best["validation_loss"]:
         return best
@@ -464,21 +448,14 @@ def claim_output(args):
         raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
 
 
-def settings(corpus, args):
-    """What has to be the same in a checkpoint and in the run that continues it."""
-    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
-    return {name: getattr(args, name) for name in SETTINGS.split()} | {"data and tokenizer": digest}
-
-
-def check_settings(saved, now):
-    changed = [f"{name} {saved[name]}, now {now[name]}" for name in saved if saved[name] != now[name]]
+def check_settings(saved, args):
+    now = vars(args)
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in SETTINGS if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
 
 
 # endregion metrics
-
-
 # region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
 NO_MEETING = """Was the command started on every host, each with its own node rank? Can the others reach MASTER_ADDR?
 Are its port, and those above 1024 between the ranks, open? scripts/tools/network_check.py tells what is wrong."""
@@ -515,8 +492,6 @@ def start_distributed(args):
 
 
 # endregion launch
-
-
 # region ds-config (owner: DeepSpeed-GPTLike-ZeRO-1.py)
 TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
     gradient_clipping bf16 fp16 data_types torch_autocast zero_optimization zero_allow_untested_optimizer
@@ -539,34 +514,25 @@ def replace_auto(section, numbers):
             section[key] = numbers[key]
 
 
-def take_flags(config, params, args):
-    """Flags that were given win over the JSON."""
-    micro, accumulation = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
-    if args.batch_size or (args.gradient_accumulation_steps and micro in config):
-        config.pop("train_batch_size", None)  # it follows from the others
-    batch_flags = {micro: args.batch_size, accumulation: args.gradient_accumulation_steps}
-    config |= {name: value for name, value in batch_flags.items() if value}
-    optimizer_flags = {"lr": args.lr, "weight_decay": args.weight_decay}
-    params |= {name: value for name, value in optimizer_flags.items() if value is not None}
-    if args.precision:
-        for name in {"bf16", "fp16"} & {args.precision, *config}:
-            config[name] = config.get(name, {}) | {"enabled": name == args.precision}
-
-
 def load_ds_config(args):
-    """DeepSpeed's settings: the JSON's, with numbers for "auto" and with the flags that were given."""
+    """DeepSpeed's settings: those of the JSON, but flags that were given win, and "auto" becomes a number."""
     source = f"--ds_config {args.ds_config}"
+    batches = {"train_micro_batch_size_per_gpu": args.batch_size}
+    batches["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    batches = {name: value for name, value in batches.items() if value}
     try:
         in_json = hjson.loads(Path(args.ds_config).read_text(), object_pairs_hook=dict)  # comments are legal
         config = copy.deepcopy(in_json)
+        if batches or config.get("train_batch_size", "auto") == "auto":
+            config.pop("train_batch_size", None)  # it follows from the others
+            config = {"train_micro_batch_size_per_gpu": "auto"} | config | batches
+        for name in {"bf16", "fp16"} & {args.precision, *config}:
+            section = config.setdefault(name, {})
+            if args.precision or section.get("enabled") == "auto":
+                section["enabled"] = name == (args.precision or "bf16")
         optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": dict(ADAMW)})
         params = optimizer["params"] = {"lr": ADAMW["lr"], "weight_decay": 0.0} | optimizer.get("params", {})
-        if config.get("train_batch_size", "auto") == "auto":
-            config.pop("train_batch_size", None)
-            config.setdefault("train_micro_batch_size_per_gpu", "auto")
-        take_flags(config, params, args)
-        for name, enabled in ("bf16", True), ("fp16", False):
-            replace_auto(config.get(name, {}), {"enabled": enabled})
+        params |= {name: getattr(args, name) for name in ("lr", "weight_decay") if getattr(args, name) is not None}
         replace_auto(config, ADAMW | AUTO | {"warmup_num_steps": args.warmup_steps})
         replace_auto(config, {"warmup_max_lr": params["lr"]})
         settled = deepspeed.DeepSpeedConfig(config)  # knows the keys of sections, and the arithmetic of batches
@@ -581,9 +547,7 @@ def load_ds_config(args):
     offloads = [place for place in (zero.offload_optimizer, zero.offload_param) if place and place.device != "none"]
     right = "Offload" if offloads else zero.stage
     if right != ZERO_STAGE:
-        raise UserError(
-            f"{source} is for DeepSpeed-GPTLike-ZeRO-{right}.py; stage 0 is GPTLike-Base.py, without a JSON"
-        )
+        raise UserError(f"{source} is for DeepSpeed-GPTLike-ZeRO-{right}.py (stage 0: for GPTLike-Base.py, as flags)")
     args.zero_stage, args.batch_size = zero.stage, settled.train_micro_batch_size_per_gpu
     args.gradient_accumulation_steps = settled.gradient_accumulation_steps
     args.lr, args.weight_decay = params["lr"], params["weight_decay"]
@@ -597,8 +561,6 @@ def load_ds_config(args):
 
 
 # endregion ds-config
-
-
 # region checkpoints (owner: DeepSpeed-GPTLike-ZeRO-1.py)
 SHARD = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"  # what each rank writes into a checkpoint
 FOR_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # wanted by ds_to_universal
@@ -620,30 +582,29 @@ def open_output(ds_config, args):
     probe.unlink(missing_ok=True)
 
 
-def newest_mark(now, args):
-    """The mark of the newest step of which every rank has its shard. A mark is written after all ranks' shards."""
+def load_checkpoint(engine, args):
+    """Load the newest step of which every rank has its shard; returns its mark, which was written after all shards."""
     folder = Path(args.output_dir, "checkpoints")
-    shards = sorted(path.parent.name for path in folder.glob("step*/" + SHARD.format(args.rank)))
-    marks = [json.loads(path.read_text()) for path in folder.glob("step*/rank*.json")]
+    shards = {path.parent.name for path in folder.glob("step*/" + SHARD.format(args.rank))}
+    marks = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("step*/rank*.json")}
     found = gather((socket.gethostname(), shards, marks))
-    steps = {f"step{mark['step']}": mark for _, _, theirs in found for mark in theirs}
-    for mark in steps.values():
-        check_settings(mark["settings"], now)
-    whole = [mark for name, mark in steps.items() if all(name in theirs for _, theirs, _ in found)]
-    if steps and not whole:
-        held = "; ".join(f"rank {i} on {host}: {theirs}" for i, (host, theirs, _) in enumerate(found))
+    marks = {tag: mark for _, _, theirs in found for tag, mark in theirs.items()}
+    for mark in marks.values():
+        check_settings(mark["settings"], args)
+    if not marks:
+        return {"step": 0, "best": None, "ledger": {}}
+    whole = set(marks).intersection(*(theirs for _, theirs, _ in found))
+    if not whole:
+        held = "; ".join(f"rank {i} on {host}: {sorted(theirs)}" for i, (host, theirs, _) in enumerate(found))
         raise UserError(f"no step in {folder} is whole on every rank. {held}. Bring files back or --overwrite")
-    return max(whole, key=lambda mark: mark["step"], default={"step": 0, "best": None, "ledger": {}})
-
-
-def load_checkpoint(engine, step, args):
-    folder, tag = f"{args.output_dir}/checkpoints", f"step{step}"
+    tag = max(whole, key=lambda tag: marks[tag]["step"])
     try:
-        path, _ = engine.load_checkpoint(folder, tag=tag)  # the same on all ranks, not each host's `latest`
+        path, _ = engine.load_checkpoint(str(folder), tag=tag)  # the same on all ranks, not each host's `latest`
         assert path, "see DeepSpeed's warning above"
     except Exception as error:
         raise UserError(f"cannot load {folder}/{tag}: {error!r}. Without it the one before serves") from error
-    log(f"resumed from step {step} of {args.output_dir}")
+    log(f"resumed from step {marks[tag]['step']} of {args.output_dir}")
+    return marks[tag]
 
 
 def save_checkpoint(engine, mark, args):
@@ -684,7 +645,7 @@ def full_weights(engine):
 
 def build_engine(args, vocab_size, ds_config):
     """The model in an engine that owns optimizer, precision, clipping, accumulation and the ranks' communication."""
-    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=functools.partial(lr_factor, args=args))
+    schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: lr_factor(step, args))
     try:
         model = GPTLike(args, vocab_size)
         # ZeRO-2: the JSON's "stage": 2 has the engine keep this rank's share of the gradients, too.
@@ -741,12 +702,9 @@ def main():
     num_params = sum(weight.numel() for weight in engine.module.parameters())
     show_start(num_params, corpus, args)
 
-    output, now = Path(args.output_dir), settings(corpus, args)
-    compare_hosts(now)  # Multihosts: the data, too
-    mark = newest_mark(now, args)
-    step, best, ledger = mark["step"], mark["best"], mark["ledger"]
-    if step > 0:
-        load_checkpoint(engine, step, args)
+    compare_hosts({"data": args.data})  # Multihosts: what the hosts read, too
+    mark, output = load_checkpoint(engine, args), Path(args.output_dir)
+    start, best, ledger = mark["step"], mark["best"], mark["ledger"]
     if args.first_of_disk:
         write_json(output / "args.json", vars(args))
         write_json(output / "ds_config.json", ds_config)
@@ -755,43 +713,37 @@ def main():
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
-    bar = tqdm(total=args.max_steps, initial=step, disable=None if args.rank == 0 else True)  # None: on a terminal
-    clock_step, clock = step, time.perf_counter()
-    while step < args.max_steps:
-        torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
+    clock_step, clock = start, time.perf_counter()
+    hidden = args.rank > 0 or None  # None: the bar shows on a terminal only
+    for step in trange(start + 1, args.max_steps + 1, initial=start, total=args.max_steps, disable=hidden):
+        torch.manual_seed((args.seed * 1_000_003 + step - 1) * 4_099 + args.rank)  # dropout: the same after a resume
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
-        for inputs, targets in micro_batches(blocks, step, args):
+        for inputs, targets in micro_batches(blocks, step - 1, args):
             micro_loss = engine(inputs, targets)
             engine.backward(micro_loss)
             loss += micro_loss.detach() / args.gradient_accumulation_steps
-            if step > 0 and not ledger and engine.is_gradient_accumulation_boundary():
+            if step > 1 and not ledger and engine.is_gradient_accumulation_boundary():
                 ledger = show_ledger(model_states(engine), num_params, args)
             engine.step()  # after the last micro batch it steps the optimizer, before that it only counts
-        step += 1
-        bar.update()
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
         log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
         loss, stopping = average_and_check(loss, engine.get_global_grad_norm() or 0.0, caught, args)
-        if log_due:
-            rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
-            record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
+        rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
+        record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
         if eval_due:
             best = validate(engine, step, best, corpus, args)
         if save_due or stopping:
-            save_checkpoint(engine, {"step": step, "best": best, "ledger": ledger, "settings": now}, args)
+            save_checkpoint(engine, {"step": step, "best": best, "ledger": ledger, "settings": vars(args)}, args)
         if stopping:
             log(f"stopped by a signal: step {step} is saved, the same command continues")
             os._exit(128 + (caught or [signal.SIGTERM])[0])  # it may be another rank that caught one
         clock_step, clock = step, time.perf_counter()
-    bar.close()
-    summary = {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}
-    if "test" in corpus.streams:
-        summary |= evaluate(engine, corpus, "test", args)
     if args.rank == 0:
-        write_json(output / "summary.json", summary)
+        steps = max(start, args.max_steps)
+        write_json(output / "summary.json", {"steps": steps, "parameters": num_params, "best": best, "ledger": ledger})
     log(f"finished: see {output}/summary.json and {output}/model")
     dist.destroy_process_group()
 

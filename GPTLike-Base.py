@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 ZERO_STAGE = 0  # no ZeRO: one process holds everything
 # The numbers of configs/zero1.json, so that all scripts start from one recipe.
@@ -49,7 +49,7 @@ class UserError(Exception):
 
 
 def parse_args(words=None):
-    """The flags of all six scripts. Those that stand in the JSON, too, have a default in GPTLike-Base.py only."""
+    """The flags of all six scripts. What the JSON holds, too, has a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def add(name, default, text, kind=int, low=1, high=2**31):
@@ -111,13 +111,10 @@ def run(main):
 
 
 # endregion arguments
-
-
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
-FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 DATA_HELP = """What there is:
-  Hub      --dataset wikitext2; a mirror of it by export HF_ENDPOINT=https://YOUR-MIRROR
+  Hub      --dataset wikitext2; from a mirror: export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
   folder   --dataset DIR --tokenizer bpe:8192, with DIR/train.txt and DIR/valid.txt (or .jsonl, .parquet)
   sample   --dataset sample: English prose that comes with Python and needs no network"""
@@ -146,19 +143,9 @@ def micro_batches(blocks, step, args):
         yield inputs_and_targets(blocks[part])
 
 
-def probe_hub():
-    """Without an answer within 5 s only the Hub's cache is used: huggingface_hub would retry for minutes."""
-    try:
-        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
-    except (OSError, ValueError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub's first import
-        log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
-
-
 def load_rows(dataset):
     """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
-    import datasets  # not before probe_hub()
+    import datasets
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
@@ -169,11 +156,10 @@ def load_rows(dataset):
         articles = [topics[name] for name in sorted(topics)]
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
-    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
-    if len(kinds) != 1:
-        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
-    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
-    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
+    endings = {ending for path in Path(dataset).rglob("*") for ending in path.suffixes}
+    builder = "parquet" if ".parquet" in endings else "json" if ".jsonl" in endings else "text"
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if builder == "text" else {}  # drops a byte-order mark
+    return datasets.load_dataset(builder, data_dir=dataset, **options)
 
 
 def load_tokenizer(name, train_rows, args):
@@ -184,8 +170,7 @@ def load_tokenizer(name, train_rows, args):
         trainer = tokenizers.ByteLevelBPETokenizer()
         if args.rank == 0:
             trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
-        trained = tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0])
-        return PreTrainedTokenizerFast(tokenizer_object=trained)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0]))
     return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
 
 
@@ -194,7 +179,12 @@ def load_corpus(args):
     auto = "gpt2" if args.dataset == "wikitext2" else "bpe:8192"
     name = auto if args.tokenizer == "auto" else args.tokenizer
     if args.dataset == "wikitext2" or not (name.startswith("bpe:") or os.path.isdir(name)):
-        probe_hub()
+        try:
+            url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(f"{url}/datasets/{HUB_DATASET}/resolve/main/README.md", timeout=5).close()
+        except (OSError, ValueError) as error:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import; else huggingface_hub retries for minutes
+            log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
 
     def encode(batch):
         # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
@@ -213,12 +203,11 @@ def load_corpus(args):
     except Exception as error:
         source = f"--dataset {args.dataset} with --tokenizer {name}"
         raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
+    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()
     return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
 # endregion data
-
-
 # region model (owner: GPTLike-Base.py)
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
@@ -312,10 +301,9 @@ def lr_factor(step, args):
 # Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
 PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
 NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
-SETTINGS = (
-    "n_layer n_head d_model block_size seed precision batch_size gradient_accumulation_steps zero_stage world_size"
-)
-SETTINGS += " lr weight_decay warmup_steps dropout"
+# What has to be the same in a checkpoint and in the run that continues it. "data" is a digest of the train tokens.
+SETTINGS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
+    weight_decay warmup_steps zero_stage world_size data""".split()
 
 
 def log(message):
@@ -340,10 +328,8 @@ def write_json(path, value):
 
 
 def show_start(num_params, corpus, args):
-    log(
-        f"{Path(__file__).name}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}"
-    )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
+    log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
     places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
     log("\n".join(f"  a rank on {place}" for place in places))
@@ -361,11 +347,10 @@ def average_and_check(loss, grad_norm, caught, args):
 
 
 def speed(tokens_per_second, num_params, args):
-    """That rate of all ranks, peak memory (of a GPU since the last call), and MFU where the device's peak is known."""
+    """That rate of all ranks, this rank's peak memory so far, and MFU where the device's peak is known."""
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if torch.cuda.is_available():
         peak_memory = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
     fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
     if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
         flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
@@ -374,9 +359,9 @@ def speed(tokens_per_second, num_params, args):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, split, args):
-    """Mean loss over every token of a split, and with it perplexity per token and per word, and bits per byte."""
-    stream, stride = corpus.streams[split], args.batch_size * args.world_size
+def evaluate(model, corpus, args):
+    """Mean loss over every token of the validation split, perplexity per token and per word, and bits per byte."""
+    stream, stride = corpus.streams["validation"], args.batch_size * args.world_size
     missing = -(len(stream) - 1) % (args.block_size * stride)  # filled up, so that all ranks make as many passes
     blocks = F.pad(stream, (0, missing), value=-100).unfold(0, args.block_size + 1, args.block_size)
     nats = torch.zeros((), dtype=torch.float64, device=args.device)
@@ -387,17 +372,16 @@ def evaluate(model, corpus, split, args):
         nats += F.cross_entropy(logits, targets.flatten(), reduction="sum")  # targets of -100 do not count
     model.train()
     nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
-    return {
-        f"{split}_loss": nats / (len(stream) - 1),
-        f"{split}_perplexity": math.exp(min(700, nats / (len(stream) - 1))),
-        f"{split}_word_perplexity": math.exp(min(700, nats / len(text.split()))),
-        f"{split}_bits_per_byte": nats / math.log(2) / len(text.encode()),
-    }
+    loss = nats / (len(stream) - 1)
+    figures = {"loss": loss, "perplexity": math.exp(min(700, loss))}
+    figures |= {"word_perplexity": math.exp(min(700, nats / len(text.split())))}
+    figures |= {"bits_per_byte": nats / math.log(2) / len(text.encode())}
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def validate(model, step, best, corpus, args):
-    """Record the validation loss. The model of the lowest one so far stands in model/; returns its step and loss."""
-    fields = {"step": step} | evaluate(model, corpus, "validation", args)
+    """Record those figures. The model of the lowest loss so far stands in model/; returns its step and figures."""
+    fields = {"step": step} | evaluate(model, corpus, args)
     record(fields, args)
     if best and not fields["validation_loss"] < best["validation_loss"]:
         return best
@@ -450,14 +434,9 @@ def claim_output(args):
         raise UserError(f"{output} holds a run: add --overwrite, or choose another --output_dir")
 
 
-def settings(corpus, args):
-    """What has to be the same in a checkpoint and in the run that continues it."""
-    digest = hashlib.sha256(corpus.streams["train"].numpy()).hexdigest()
-    return {name: getattr(args, name) for name in SETTINGS.split()} | {"data and tokenizer": digest}
-
-
-def check_settings(saved, now):
-    changed = [f"{name} {saved[name]}, now {now[name]}" for name in saved if saved[name] != now[name]]
+def check_settings(saved, args):
+    now = vars(args)
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in SETTINGS if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
 
@@ -497,60 +476,57 @@ def main():
     num_params = sum(weight.numel() for weight in model.parameters())
     show_start(num_params, corpus, args)
 
-    step, best, ledger, output, now = 0, None, {}, Path(args.output_dir), settings(corpus, args)
+    start, best, ledger, output = 0, None, {}, Path(args.output_dir)
     checkpoint_path = output / "checkpoints" / "state.pt"
     if checkpoint_path.exists():
         state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        check_settings(state["settings"], now)
-        step, best, ledger = state["step"], state["best"], state["ledger"]
+        check_settings(state["settings"], args)
+        start, best, ledger = state["step"], state["best"], state["ledger"]
         masters.load_state_dict(state["masters"])
         model.load_state_dict(state["masters"])
         optimizer.load_state_dict(state["optimizer"])
-        log(f"resumed from step {step} of {output}")
+        log(f"resumed from step {start} of {output}")
     write_json(output / "args.json", vars(args))
     shutil.copy(__file__, output)
 
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
-    bar = tqdm(total=args.max_steps, initial=step, disable=None)  # shows on a terminal only
-    clock_step, clock = step, time.perf_counter()
-    while step < args.max_steps:
-        torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + args.rank)  # dropout: the same after a resume
+    clock_step, clock = start, time.perf_counter()
+    # Steps count from 1. disable=None: the bar shows on a terminal only.
+    for step in trange(start + 1, args.max_steps + 1, initial=start, total=args.max_steps, disable=None):
+        torch.manual_seed((args.seed * 1_000_003 + step - 1) * 4_099 + args.rank)  # dropout: the same after a resume
         loss = torch.zeros((), device=args.device)
-        for inputs, targets in micro_batches(blocks, step, args):
+        for inputs, targets in micro_batches(blocks, step - 1, args):
             micro_loss = model(inputs, targets) / args.gradient_accumulation_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        if step > 0 and not ledger:  # at step 0 the optimizer has no moments yet
+        if step > 1 and not ledger:  # at the first step the optimizer has no moments yet
             moments = [value for state in optimizer.state.values() for value in state.values()]
             kinds = {"parameters": [*model.parameters()], "optimizer_states": [*masters.parameters(), *moments]}
             ledger = show_ledger(kinds, num_params, args)
         for weight, master in zip(model.parameters(), masters.parameters(), strict=True):
             master.grad = weight.grad.float()
         grad_norm = nn.utils.clip_grad_norm_(masters.parameters(), GRADIENT_CLIPPING)
-        lr = args.lr * lr_factor(step, args)
+        lr = args.lr * lr_factor(step - 1, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         model.load_state_dict(masters.state_dict())
         optimizer.zero_grad()
         model.zero_grad()
-        step += 1
-        bar.update()
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
         log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
         loss, stopping = average_and_check(loss, grad_norm, caught, args)
-        if log_due:
-            rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
-            record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
+        rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
+        record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
         if eval_due:
             best = validate(model, step, best, corpus, args)
         if save_due or stopping:
-            state = {"step": step, "best": best, "ledger": ledger, "settings": now}
+            state = {"step": step, "best": best, "ledger": ledger, "settings": vars(args)}
             state |= {"masters": masters.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint_path.parent.mkdir(exist_ok=True)
             torch.save(state, checkpoint_path.with_suffix(".part"))
@@ -559,11 +535,8 @@ def main():
             log(f"stopped by a signal: step {step} is saved, the same command continues")
             os._exit(128 + caught[0])
         clock_step, clock = step, time.perf_counter()
-    bar.close()
-    summary = {"steps": step, "parameters": num_params, "best": best, "ledger": ledger}
-    if "test" in corpus.streams:
-        summary |= evaluate(model, corpus, "test", args)
-    write_json(output / "summary.json", summary)
+    steps = max(start, args.max_steps)
+    write_json(output / "summary.json", {"steps": steps, "parameters": num_params, "best": best, "ledger": ledger})
     log(f"finished: see {output}/summary.json and {output}/model")
 
 

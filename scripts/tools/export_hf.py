@@ -241,7 +241,7 @@ def compare_loss(folder: Path, trained: Trained, corpus: tuple, dtype: str) -> s
 
     print(f"evaluating {len(corpus.streams['validation']):,} tokens ...", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[trained.args.precision]).to(trained.args.device)
-    found = load_script("GPTLike-Base.py").evaluate(AsGPTLike(model), corpus, "validation", trained.args)
+    found = load_script("GPTLike-Base.py").evaluate(AsGPTLike(model), corpus, trained.args)
     loss, wanted = found["validation_loss"], trained.loss
     if wanted is None:
         return f"its validation loss is {loss:.6f}; the run has recorded none"

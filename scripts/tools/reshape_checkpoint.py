@@ -213,7 +213,7 @@ def work(folder: Path) -> None:
         script.start_distributed(args)
         args.output_dir, args.first_of_disk = str(folder / "run"), args.rank == 0
         config = script.load_ds_config(args)
-        states, step = folder / "states", plan["mark"]["step"]
+        states = folder / "states"
         rows = len(read_tensor(states, "token_embedding.weight", "fp32")) // args.d_model
         engine = script.build_engine(args, rows, config)
         fill(engine, states, common_state(Path(plan["checkpoint"])))
@@ -224,7 +224,7 @@ def work(folder: Path) -> None:
         del engine
         gc.collect()
         engine = script.build_engine(args, rows, config)
-        script.load_checkpoint(engine, step, args)
+        script.load_checkpoint(engine, args)
         for name, weight in script.full_weights(engine).items():
             if not weight.flatten().equal(read_tensor(states, name, "fp32").to(weight.dtype)):
                 raise script.UserError(f"{name} is not the old one when it is loaded again")

@@ -112,7 +112,7 @@ SPOILT = [  # what is done to a run of steps 45 and 60, flags, exit code, what i
     ("truncate -s 1000 step60/zero_pp_rank_0*", "", 1, "cannot load .*step60.*Without it the one before serves"),
     ("", "--seed 7", 1, "--output_dir holds a run with seed 42, now 7. Take the former, or add --overwrite"),
     ("", "--n_layer 1", 1, "n_layer 2, now 1"),
-    ("", "--tokenizer bpe:400", 1, "data and tokenizer"),
+    ("", "--tokenizer bpe:400", 1, "data [0-9a-f]{64}, now "),
     ("", "--resume never", 1, "holds a run: add --overwrite"),
     ("", "--overwrite --max_steps 2", 0, "finished: see"),
     ("", "--max_steps 62", 0, "resumed from step 60"),

@@ -53,7 +53,7 @@ AUTO = config(
 REFUSED = [
     (ZERO1, "{ nonsense", "Bad key name"),
     (ZERO1, "[1]", "is not what this run can take: AttributeError"),
-    (ZERO1, "", "stage 0 is GPTLike-Base.py, without a JSON"),
+    (ZERO1, "", "stage 0: for GPTLike-Base.py, as flags"),
     (
         ZERO1,
         config(zero_optimisation={}),
@@ -121,13 +121,13 @@ def test_offload(zero, message):
 
 
 DATA = [
-    ({}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
-    ({"train.csv": "x"}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
+    ({}, "", "doesn't contain any data files.*folder   --dataset DIR"),
+    ({"train.csv": "x"}, "", "KeyError..validation.*folder   --dataset DIR"),
     ({"train.txt": "a b\n" * 99}, "", "KeyError..validation.*with DIR/train.txt and DIR/valid.txt"),
     (
         {"train.txt": "a b\n" * 99, "valid.jsonl": '{"text": "x"}'},
         "",
-        "no folder with files of one kind: .'json', 'text'.",
+        "JSON",
     ),
     ({"train.txt": "a b\n" * 99, "valid.txt": "a\n"}, "", "a split of 2 tokens is too short for --block_size 256"),
     ({"train.txt": "a b\n" * 99, "valid.txt": b"\xff\xfe\x00"}, "", "UnicodeDecodeError"),

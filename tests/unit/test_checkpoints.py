@@ -30,10 +30,11 @@ class Engine:
 def args(tmp_path):
     found = script_args(script, "--output_dir", str(tmp_path))
     found.first_of_disk = True
+    found.world_size, found.zero_stage, found.data = 1, 1, "digest"
     return found
 
 
-def lay(folder, step, shards=(), marks=(), **settings):
+def lay(folder, step, shards=(), marks=(), settings=None):
     """A step's folder with the shards and marks of these ranks."""
     path = folder / "checkpoints" / f"step{step}"
     path.mkdir(parents=True)
@@ -67,37 +68,38 @@ def test_the_two_newest_marked_steps_stay(args, tmp_path, monkeypatch):
 )
 def test_the_newest_step_of_which_every_rank_has_its_shard(other, step, args, tmp_path, monkeypatch):
     for number in (10, 20):
-        lay(tmp_path, number, [0], [0], seed=1)
-    monkeypatch.setattr(script, "gather", lambda value: [value, ("other", other, [])])
-    assert script.newest_mark({"seed": 1}, args)["step"] == step
+        lay(tmp_path, number, [0], [0], vars(args))
+    monkeypatch.setattr(script, "gather", lambda value: [value, ("other", other, {})])
+    calls = []
+    assert script.load_checkpoint(Engine(calls), args)["step"] == step
+    assert calls == [("load", f"step{step}")]  # one tag for all ranks
 
 
 def test_without_a_mark_no_step_counts(args, tmp_path, monkeypatch):
     lay(tmp_path, 10, [0])
     monkeypatch.setattr(script, "gather", lambda value: [value])
-    assert script.newest_mark({}, args) == {"step": 0, "best": None, "ledger": {}}
+    assert script.load_checkpoint(Engine([]), args) == {"step": 0, "best": None, "ledger": {}}
 
 
 def test_no_common_step_is_refused_with_what_each_rank_holds(args, tmp_path, monkeypatch):
-    lay(tmp_path, 10, [0], [0])
-    monkeypatch.setattr(script, "gather", lambda value: [value, ("lost", [], [])])
+    lay(tmp_path, 10, [0], [0], vars(args))
+    monkeypatch.setattr(script, "gather", lambda value: [value, ("lost", [], {})])
     with pytest.raises(script.UserError, match=r"no step in .* is whole on every rank.*rank 1 on lost: \[\]"):
-        script.newest_mark({}, args)
+        script.load_checkpoint(Engine([]), args)
 
 
 def test_other_settings_are_refused_with_both_values(args, tmp_path, monkeypatch):
-    lay(tmp_path, 10, [0], [0], seed=1, lr=0.5)
+    lay(tmp_path, 10, [0], [0], vars(args) | {"seed": 1})
     monkeypatch.setattr(script, "gather", lambda value: [value])
-    with pytest.raises(script.UserError, match="seed 1, now 2"):
-        script.newest_mark({"seed": 2, "lr": 0.5}, args)
+    with pytest.raises(script.UserError, match="with seed 1, now 42. Take"):
+        script.load_checkpoint(Engine([]), args)
 
 
-def test_all_ranks_load_the_agreed_tag(args):
-    calls = []
-    script.load_checkpoint(Engine(calls), 20, args)
-    assert calls == [("load", "step20")]
+def test_what_the_engine_does_not_find_is_refused(args, tmp_path, monkeypatch):
+    lay(tmp_path, 20, [0], [0], vars(args))
+    monkeypatch.setattr(script, "gather", lambda value: [value])
     with pytest.raises(script.UserError, match="cannot load .*step20: .*DeepSpeed's warning"):
-        script.load_checkpoint(Engine([], found=None), 20, args)
+        script.load_checkpoint(Engine([], found=None), args)
 
 
 def test_zero3_builds_its_model_inside_zero_init(monkeypatch):

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     place = {"tokenizer": str(folder / "model"), "rank": 0, "world_size": 1, "device": "cpu"}
     args = argparse.Namespace(**args | place)
-    loss = base.evaluate(model, base.load_corpus(args), "validation", args)["validation_loss"]
+    loss = base.evaluate(model, base.load_corpus(args), args)["validation_loss"]
     summary = {"steps": 9, "best": {"step": 9, "validation_loss": loss}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

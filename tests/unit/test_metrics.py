@@ -23,7 +23,7 @@ def test_evaluate_counts_every_token_once(corpus):
     )
     torch.manual_seed(0)
     net = script.GPTLike(args, corpus.vocab_size)
-    found = script.evaluate(net, corpus, "validation", args)
+    found = script.evaluate(net, corpus, args)
     assert net.training  # and dropout was off: the figures below are without
     stream = corpus.streams["validation"].long()
     net.eval()
