@@ -1,11 +1,10 @@
 """The same GPT under DeepSpeed ZeRO stage 3: each rank keeps only its share of the parameters, too.
 
-Adds to DeepSpeed-GPTLike-ZeRO-2.py:
-- "stage": 3 in the JSON (configs/zero3.json)
+Adds to DeepSpeed-GPTLike-ZeRO-2.py "stage": 3 in the JSON (configs/zero3.json), and in the code:
 - `deepspeed.zero.Init` around the model's construction: no rank ever holds the whole model
 - weights are gathered before they are saved: on its own, a rank's state_dict() holds empty tensors
-Partitioned across ranks: optimizer states, gradients and parameters. 16P/N bytes are left on each of N ranks. Layers
-are gathered just before they run, which by the paper's count costs half as much again to send: 3P elements a step.
+Partitioned across ranks: optimizer states, gradients and parameters. 16P/N bytes are left on each of N ranks.
+A layer is gathered just before it runs: by the paper's count half as much again is sent, 3P elements a step.
 
 Run:
     deepspeed --num_gpus 2 DeepSpeed-GPTLike-ZeRO-3.py
@@ -15,7 +14,7 @@ Run:
 Source: ZeRO, arXiv:1910.02054, section 5.3; https://deepspeed.readthedocs.io/en/latest/zero3.html
 """
 
-import copy
+import contextlib
 import difflib
 import fcntl
 import functools
@@ -24,32 +23,29 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
-import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from pydoc_data.topics import topics
+from resource import RUSAGE_SELF, getrusage
 
-import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else DeepSpeed guesses
 import deepspeed
 import hjson
 import safetensors.torch
 import tokenizers
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record as report_to_torchrun
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 ZERO_STAGE = 3
 DEFAULTS = {"ds_config": "configs/zero3.json"}
@@ -58,6 +54,15 @@ DEFAULTS = {"ds_config": "configs/zero3.json"}
 # region arguments (owner: GPTLike-Base.py)
 class UserError(Exception):
     """Something that the user can mend: one message and exit code 1, no traceback."""
+
+
+@contextlib.contextmanager
+def explain(failure, ways_out=""):
+    """An error inside of this becomes a UserError that says what has failed, and what there is to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{failure}: {error.__cause__ or error!r}. {ways_out}".rstrip()) from error
 
 
 def parse_args(words=None):
@@ -122,9 +127,9 @@ def run(main):
         os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
 
 
-# endregion arguments
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
+FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 DATA_HELP = """What there is:
   Hub      --dataset wikitext2; from a mirror: export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
@@ -157,33 +162,20 @@ def micro_batches(blocks, step, args):
 
 def load_rows(dataset):
     """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
-    import datasets
+    import datasets  # after load_corpus has asked the Hub
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
         return datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
     if dataset == "sample":
-        from pydoc_data.topics import topics  # the language reference behind Python's help()
-
-        articles = [topics[name] for name in sorted(topics)]
+        articles = [topics[name] for name in sorted(topics)]  # the language reference behind Python's help()
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
-    endings = {ending for path in Path(dataset).rglob("*") for ending in path.suffixes}
-    builder = "parquet" if ".parquet" in endings else "json" if ".jsonl" in endings else "text"
-    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if builder == "text" else {}  # drops a byte-order mark
-    return datasets.load_dataset(builder, data_dir=dataset, **options)
-
-
-def load_tokenizer(name, train_rows, args):
-    """transformers' tokenizer of that name. bpe:SIZE is trained here, by rank 0, and is byte-level as GPT-2's is."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if name.startswith("bpe:"):
-        trainer = tokenizers.ByteLevelBPETokenizer()
-        if args.rank == 0:
-            trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0]))
-    return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
+    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
+    if len(kinds) != 1:
+        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
+    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
 
 
 def load_corpus(args):
@@ -197,29 +189,32 @@ def load_corpus(args):
         except (OSError, ValueError) as error:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import; else huggingface_hub retries for minutes
             log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     def encode(batch):
         # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
         texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
         return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
-    try:
+    with explain(f"cannot take --dataset {args.dataset} with --tokenizer {name}", DATA_HELP):
         rows, streams = load_rows(args.dataset).select_columns("text"), {}
-        tokenizer = load_tokenizer(name, rows["train"]["text"], args)
+        if name.startswith("bpe:"):  # byte-level as GPT-2's, trained by rank 0
+            bpe = tokenizers.ByteLevelBPETokenizer()
+            if args.rank == 0:
+                bpe.train_from_iterator(rows["train"]["text"], int(name[4:]), min_frequency=0, show_progress=False)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(bpe.to_str())[0]))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
         for split, table in rows.map(encode, batched=True, remove_columns="text").items():
             ids = table.data.column("ids").combine_chunks().flatten().to_numpy()
             streams[split] = torch.tensor(ids, dtype=torch.int32)
         shortest = min(len(streams["train"]), len(streams["validation"]))
         if shortest <= args.block_size:
             raise ValueError(f"a split of {shortest} tokens is too short for --block_size {args.block_size}")
-    except Exception as error:
-        source = f"--dataset {args.dataset} with --tokenizer {name}"
-        raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
-    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()
-    return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()  # a resumed run's has to be the same
+    return Namespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
-# endregion data
 # region model (owner: GPTLike-Base.py)
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
@@ -229,6 +224,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = args.n_head
         self.qkv = nn.Linear(args.d_model, 3 * args.d_model)
         self.projection = nn.Linear(args.d_model, args.d_model)
+        self.projection.std = 0.02 / math.sqrt(2 * args.n_layer)  # as it adds to the residual stream; for initialize()
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x):  # (batch, seq, d_model)
@@ -245,6 +241,7 @@ class TransformerBlock(nn.Module):
         self.attention = CausalSelfAttention(args)
         self.norm2 = nn.LayerNorm(args.d_model)
         up, down = nn.Linear(args.d_model, 4 * args.d_model), nn.Linear(4 * args.d_model, args.d_model)
+        down.std = self.attention.projection.std
         self.feed_forward = nn.Sequential(up, nn.GELU(approximate="tanh"), down, nn.Dropout(args.dropout))
 
     def forward(self, x):  # (batch, seq, d_model)
@@ -264,9 +261,6 @@ class GPTLike(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in self.blocks:  # the layers that add to the residual stream; initialize() reads std
-            block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
-            block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
         torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
         self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
         self.head = nn.Linear(args.d_model, rows, bias=False)
@@ -286,17 +280,15 @@ class GPTLike(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         logits = self.head(self.final_norm(x))  # (batch, seq, rows)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def parameter_groups(model):
     """Matrices decay at the optimizer's rate, biases and norms never. By name: under ZeRO-3 the shapes are gone."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = name.endswith("weight") and "norm" not in name
-        (decay if is_matrix else rest).append(parameter)
+        group = decay if name.endswith("weight") and "norm" not in name else rest
+        group.append(parameter)
     return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -308,13 +300,9 @@ def lr_factor(step, args):
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
 
-# endregion model
 # region metrics (owner: GPTLike-Base.py)
-# Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
-PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
-NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
-# What has to be the same in a checkpoint and in the run that continues it. "data" is a digest of the train tokens.
-SETTINGS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
+NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f"}
+RESUME_NEEDS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
     weight_decay warmup_steps zero_stage world_size data""".split()
 
 
@@ -339,13 +327,13 @@ def write_json(path, value):
     part.rename(path)
 
 
-def show_start(num_params, corpus, args):
+def show_start(corpus, args):
     visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
     log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
     places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
     log("\n".join(f"  a rank on {place}" for place in places))
-    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {num_params:,}")
+    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {args.n_params:,}")
 
 
 def average_and_check(loss, grad_norm, caught, args):
@@ -353,21 +341,8 @@ def average_and_check(loss, grad_norm, caught, args):
     losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
     mean = sum(losses) / args.world_size
     if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
-        found = f"the loss is {mean}, the norm of its gradients {float(grad_norm)}"
-        raise UserError(f"{found}. Checkpoints are as they were. Try a lower --lr or more --warmup_steps")
+        raise UserError(f"loss {mean}, gradient norm {grad_norm}: take a lower --lr or more --warmup_steps")
     return mean, any(signals)
-
-
-def speed(tokens_per_second, num_params, args):
-    """That rate of all ranks, this rank's peak memory so far, and MFU where the device's peak is known."""
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    if torch.cuda.is_available():
-        peak_memory = torch.cuda.max_memory_allocated()
-    fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
-    if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
-        flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
-        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[args.device_name] * 1e12 * args.world_size)
-    return fields
 
 
 @torch.no_grad()
@@ -385,10 +360,9 @@ def evaluate(model, corpus, args):
     model.train()
     nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     loss = nats / (len(stream) - 1)
-    figures = {"loss": loss, "perplexity": math.exp(min(700, loss))}
-    figures |= {"word_perplexity": math.exp(min(700, nats / len(text.split())))}
-    figures |= {"bits_per_byte": nats / math.log(2) / len(text.encode())}
-    return {f"validation_{name}": value for name, value in figures.items()}
+    fields = {"validation_loss": loss, "validation_perplexity": math.exp(min(700, loss))}
+    fields["validation_word_perplexity"] = math.exp(min(700, nats / len(text.split())))
+    return fields | {"validation_bits_per_byte": nats / math.log(2) / len(text.encode())}
 
 
 def validate(model, step, best, corpus, args):
@@ -407,7 +381,7 @@ def validate(model, step, best, corpus, args):
     return fields
 
 
-def show_ledger(kinds, num_params, args):
+def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
     # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
@@ -417,7 +391,7 @@ def show_ledger(kinds, num_params, args):
     formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():
-        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
+        formula = bytes_each * args.n_params // (args.world_size if args.zero_stage >= stage else 1)
         for tensor in kinds.get(kind, tensors):
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and memory.data_ptr() not in counted:
@@ -430,14 +404,13 @@ def show_ledger(kinds, num_params, args):
 
 
 def claim_output(args):
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    """Lock --output_dir until this process ends, and with it the open file. Refuse or delete a run there, by flags."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        # The descriptor stays open on purpose: the lock goes with it.
+    with explain(
+        f"cannot lock {output}", "If another run is writing there, wait for it, or choose another --output_dir"
+    ):
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     holds_run = (output / "args.json").exists()
     if holds_run and args.overwrite:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -448,17 +421,12 @@ def claim_output(args):
 
 def check_settings(saved, args):
     now = vars(args)
-    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in SETTINGS if saved.get(name) != now[name]]
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in RESUME_NEEDS if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
 
 
-# endregion metrics
 # region launch (owner: DeepSpeed-GPTLike-ZeRO-1.py)
-NO_MEETING = """Was the command started on every host, each with its own node rank? Can the others reach MASTER_ADDR?
-Are its port, and those above 1024 between the ranks, open? scripts/tools/network_check.py tells what is wrong."""
-
-
 def gather(value):
     """`value` of every rank, by rank, on all ranks; which is also where they wait for each other."""
     values = [None] * dist.get_world_size()
@@ -472,8 +440,8 @@ def start_distributed(args):
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     deepspeed.utils.set_log_level_from_string("warning")
-    warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # calls of DeepSpeed
-    try:
+    where = os.path.expandvars("RANK=$RANK WORLD_SIZE=$WORLD_SIZE MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT")
+    with explain(f"cannot join the other ranks, {where}", "Were all hosts started? Ask scripts/tools/network_check.py"):
         args.rank, args.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         args.device, args.device_name = "cpu", "CPU"
         if torch.cuda.is_available():
@@ -483,13 +451,9 @@ def start_distributed(args):
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
-    except (RuntimeError, ValueError) as error:
-        where = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        raise UserError(f"cannot join the other ranks, with {where}: {error}. {NO_MEETING}") from error
     args.world_size = dist.get_world_size()
 
 
-# endregion launch
 # region ds-config (owner: DeepSpeed-GPTLike-ZeRO-1.py)
 TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler
     gradient_clipping bf16 fp16 data_types torch_autocast zero_optimization zero_allow_untested_optimizer
@@ -515,27 +479,23 @@ def replace_auto(section, numbers):
 def load_ds_config(args):
     """DeepSpeed's settings: those of the JSON, but flags that were given win, and "auto" becomes a number."""
     source = f"--ds_config {args.ds_config}"
-    batches = {"train_micro_batch_size_per_gpu": args.batch_size}
-    batches["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-    batches = {name: value for name, value in batches.items() if value}
-    try:
+    with explain(f"{source} is not what this run can take"):
         in_json = hjson.loads(Path(args.ds_config).read_text(), object_pairs_hook=dict)  # comments are legal
-        config = copy.deepcopy(in_json)
-        if batches or config.get("train_batch_size", "auto") == "auto":
+        config = json.loads(json.dumps(in_json))
+        micro, accumulation = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+        if args.batch_size or args.gradient_accumulation_steps or config.get("train_batch_size", "auto") == "auto":
             config.pop("train_batch_size", None)  # it follows from the others
-            config = {"train_micro_batch_size_per_gpu": "auto"} | config | batches
+            config[micro] = args.batch_size or config.get(micro, "auto")
+            config[accumulation] = args.gradient_accumulation_steps or config.get(accumulation, "auto")
         for name in {"bf16", "fp16"} & {args.precision, *config}:
             section = config.setdefault(name, {})
             if args.precision or section.get("enabled") == "auto":
                 section["enabled"] = name == (args.precision or "bf16")
-        optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": dict(ADAMW)})
+        optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": ADAMW})
         params = optimizer["params"] = {"lr": ADAMW["lr"], "weight_decay": 0.0} | optimizer.get("params", {})
         params |= {name: getattr(args, name) for name in ("lr", "weight_decay") if getattr(args, name) is not None}
         replace_auto(config, ADAMW | AUTO | {"warmup_num_steps": args.warmup_steps})
-        replace_auto(config, {"warmup_max_lr": params["lr"]})
         settled = deepspeed.DeepSpeedConfig(config)  # knows the keys of sections, and the arithmetic of batches
-    except Exception as error:
-        raise UserError(f"{source} is not what this run can take: {error!r}") from error
     for key in config.keys() - TOP_LEVEL_KEYS:  # DeepSpeed would ignore it
         raise UserError(f"{source}: unknown key {key}; close: {difflib.get_close_matches(key, TOP_LEVEL_KEYS)}")
     for key, value in config.items():
@@ -558,12 +518,7 @@ def load_ds_config(args):
     return config
 
 
-# endregion ds-config
 # region checkpoints (owner: DeepSpeed-GPTLike-ZeRO-1.py)
-SHARD = "*zero_pp_rank_{}_mp_rank_00_optim_states.pt"  # what each rank writes into a checkpoint
-FOR_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # wanted by ds_to_universal
-
-
 def open_output(ds_config, args):
     """Claim --output_dir on each disk, and find out whether all hosts share the disk of rank 0."""
     probe = Path(args.output_dir, f".probe.{gather(os.urandom(8).hex())[0]}")
@@ -583,7 +538,7 @@ def open_output(ds_config, args):
 def load_checkpoint(engine, args):
     """Load the newest step of which every rank has its shard; returns its mark, which was written after all shards."""
     folder = Path(args.output_dir, "checkpoints")
-    shards = {path.parent.name for path in folder.glob("step*/" + SHARD.format(args.rank))}
+    shards = sorted(path.parent.name for path in folder.glob(f"step*/*zero_pp_rank_{args.rank}_mp_rank_00_optim*"))
     marks = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("step*/rank*.json")}
     found = gather((socket.gethostname(), shards, marks))
     marks = {tag: mark for _, _, theirs in found for tag, mark in theirs.items()}
@@ -593,14 +548,12 @@ def load_checkpoint(engine, args):
         return {"step": 0, "best": None, "ledger": {}}
     whole = set(marks).intersection(*(theirs for _, theirs, _ in found))
     if not whole:
-        held = "; ".join(f"rank {i} on {host}: {sorted(theirs)}" for i, (host, theirs, _) in enumerate(found))
-        raise UserError(f"no step in {folder} is whole on every rank. {held}. Bring files back or --overwrite")
+        held = [each[:2] for each in found]  # host and steps
+        raise UserError(f"no step in {folder} is whole on every rank. By rank: {held}. Bring files back or --overwrite")
     tag = max(whole, key=lambda tag: marks[tag]["step"])
-    try:
+    with explain(f"cannot load {folder}/{tag}", "Without it the one before serves"):
         path, _ = engine.load_checkpoint(str(folder), tag=tag)  # the same on all ranks, not each host's `latest`
         assert path, "see DeepSpeed's warning above"
-    except Exception as error:
-        raise UserError(f"cannot load {folder}/{tag}: {error!r}. Without it the one before serves") from error
     log(f"resumed from step {marks[tag]['step']} of {args.output_dir}")
     return marks[tag]
 
@@ -611,10 +564,9 @@ def save_checkpoint(engine, mark, args):
     if args.first_of_disk:
         shutil.rmtree(root / name, ignore_errors=True)  # what a killed run left of this very step
     gather(None)
-    try:
-        engine.save_checkpoint(str(root), tag=name, client_state=FOR_UNIVERSAL, save_latest=False)
-    except RuntimeError as error:  # so torch.save says that a disk is full
-        raise UserError(f"cannot save {root / name}: {error}. The checkpoints before it are as they were") from error
+    universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # ds_to_universal asks for it
+    with explain(f"cannot save {root / name}", "The checkpoints before it are as they were"):
+        engine.save_checkpoint(str(root), tag=name, client_state=universal, save_latest=False)
     gather(None)  # from here on the shards of all ranks are there
     write_json(root / name / f"rank{args.rank}.json", mark)
     gather(None)
@@ -623,14 +575,13 @@ def save_checkpoint(engine, mark, args):
             shutil.rmtree(root / f"step{old}", ignore_errors=True)
 
 
-# endregion checkpoints
+# endregion
 
 
 def model_states(engine):
     # ZeRO-3: of each weight this rank keeps a piece, ds_tensor; the weight itself is empty until its layer runs.
-    weights = [weight.ds_tensor for weight in engine.module.parameters()]
-    # ZeRO-3: the state's keys are this rank's fp32 share of the weights, its values their moments.
-    # No other name of DeepSpeed's leads to them at all stages.
+    weights = [weight.ds_tensor for weight in engine.parameters()]
+    # ZeRO-3: the state's keys are this rank's fp32 share of the weights: DeepSpeed has no other name for it.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return {"parameters": weights, "optimizer_states": list(states) + moments}
@@ -639,8 +590,7 @@ def model_states(engine):
 def full_weights(engine):
     whole = {}
     for name, weight in engine.module.named_parameters():
-        # ZeRO-3: all ranks gather one weight at a time, and rank 0 alone takes it to the CPU.
-        with deepspeed.zero.GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):  # ZeRO-3: by all ranks together, one weight at a time
             if dist.get_rank() == 0:
                 whole[name] = weight.detach().cpu().clone()
     return whole
@@ -649,9 +599,8 @@ def full_weights(engine):
 def build_engine(args, vocab_size, ds_config):
     """The model in an engine that owns optimizer, precision, clipping, accumulation and the ranks' communication."""
     schedule = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: lr_factor(step, args))
-    try:
-        # ZeRO-3: every weight is partitioned as soon as its module is built.
-        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+    with explain(f"DeepSpeed cannot run {args.ds_config} here, with its optimizer {ds_config['optimizer']}"):
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):  # ZeRO-3: partitions each weight as it is built
             model = GPTLike(args, vocab_size)
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -659,9 +608,6 @@ def build_engine(args, vocab_size, ds_config):
             lr_scheduler=None if "scheduler" in ds_config else schedule,
             config=ds_config,
         )
-    except Exception as error:
-        optimizer = ds_config["optimizer"]["type"]
-        raise UserError(f"DeepSpeed cannot run {args.ds_config}, optimizer {optimizer}, here: {error!r}") from error
     # DeepSpeed's own group of all ranks would wait as long as PyTorch's default says, 10 or 30 minutes.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout), engine.data_parallel_group)
     if args.compile:
@@ -678,13 +624,12 @@ def main():
     blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     global_batch = args.batch_size * args.gradient_accumulation_steps * args.world_size
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(blocks) / global_batch)
-    replace_auto(ds_config, {"total_num_steps": args.max_steps})
+    replace_auto(ds_config, {"total_num_steps": args.max_steps, "warmup_max_lr": args.lr})
     open_output(ds_config, args)
 
     engine = build_engine(args, corpus.vocab_size, ds_config)
-    # ZeRO-3: numel() of a partitioned weight is 0, ds_numel is its size when gathered.
-    num_params = sum(weight.ds_numel for weight in engine.module.parameters())
-    show_start(num_params, corpus, args)
+    args.n_params = sum(weight.ds_numel for weight in engine.parameters())  # ZeRO-3: numel() of a piece is 0
+    show_start(corpus, args)
 
     mark, output = load_checkpoint(engine, args), Path(args.output_dir)
     start, best, ledger = mark["step"], mark["best"], mark["ledger"]
@@ -696,9 +641,9 @@ def main():
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
-    clock_step, clock = start, time.perf_counter()
-    hidden = args.rank > 0 or None  # None: the bar shows on a terminal only
-    for step in trange(start + 1, args.max_steps + 1, initial=start, total=args.max_steps, disable=hidden):
+    step, clock_step, clock = start, start, time.perf_counter()
+    steps = range(start + 1, args.max_steps + 1)
+    for step in tqdm(steps, initial=start, total=args.max_steps, disable=args.rank > 0 or None):  # None: on a terminal
         torch.manual_seed((args.seed * 1_000_003 + step - 1) * 4_099 + args.rank)  # dropout: the same after a resume
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
         for inputs, targets in micro_batches(blocks, step - 1, args):
@@ -706,7 +651,7 @@ def main():
             engine.backward(micro_loss)
             loss += micro_loss.detach() / args.gradient_accumulation_steps
             if step > 1 and not ledger and engine.is_gradient_accumulation_boundary():
-                ledger = show_ledger(model_states(engine), num_params, args)
+                ledger = show_ledger(model_states(engine), args)
             engine.step()  # after the last micro batch it steps the optimizer, before that it only counts
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
@@ -715,7 +660,8 @@ def main():
             continue
         loss, stopping = average_and_check(loss, engine.get_global_grad_norm() or 0.0, caught, args)
         rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
-        record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024  # a GPU's, or a process's
+        record({"step": step, "loss": loss, "lr": lr, "tokens_per_second": rate, "peak_memory_gib": peak / 2**30}, args)
         if eval_due:
             best = validate(engine, step, best, corpus, args)
         if save_due or stopping:
@@ -725,8 +671,7 @@ def main():
             os._exit(128 + (caught or [signal.SIGTERM])[0])  # it may be another rank that caught one
         clock_step, clock = step, time.perf_counter()
     if args.rank == 0:
-        steps = max(start, args.max_steps)
-        write_json(output / "summary.json", {"steps": steps, "parameters": num_params, "best": best, "ledger": ledger})
+        write_json(output / "summary.json", {"steps": step, "best": best, "ledger": ledger})
     log(f"finished: see {output}/summary.json and {output}/model")
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ Run:
 Source: GPT-2 (Radford et al., 2019); fp32 master weights, arXiv:1710.03740; model states, arXiv:1910.02054.
 """
 
+import contextlib
 import copy
 import fcntl
 import functools
@@ -18,16 +19,16 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
-from types import SimpleNamespace
+from pydoc_data.topics import topics
+from resource import RUSAGE_SELF, getrusage
 
 import safetensors.torch
 import tokenizers
@@ -35,17 +36,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 ZERO_STAGE = 0  # no ZeRO: one process holds everything
-# The numbers of configs/zero1.json, so that all scripts start from one recipe.
 DEFAULTS = {"batch_size": 8, "gradient_accumulation_steps": 1, "lr": 6e-4, "weight_decay": 0.1, "precision": "bf16"}
-BETAS, GRADIENT_CLIPPING = (0.9, 0.95), 1.0
+BETAS, GRADIENT_CLIPPING = (0.9, 0.95), 1.0  # with the line above the recipe of configs/zero1.json
 
 
 # region arguments (owner: GPTLike-Base.py)
 class UserError(Exception):
     """Something that the user can mend: one message and exit code 1, no traceback."""
+
+
+@contextlib.contextmanager
+def explain(failure, ways_out=""):
+    """An error inside of this becomes a UserError that says what has failed, and what there is to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{failure}: {error.__cause__ or error!r}. {ways_out}".rstrip()) from error
 
 
 def parse_args(words=None):
@@ -110,9 +119,9 @@ def run(main):
         os._exit(1)  # at once: to tidy up would be to wait for ranks that are elsewhere
 
 
-# endregion arguments
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
+FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
 DATA_HELP = """What there is:
   Hub      --dataset wikitext2; from a mirror: export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1
@@ -145,33 +154,20 @@ def micro_batches(blocks, step, args):
 
 def load_rows(dataset):
     """A DatasetDict with a column "text" in each split; joined, its rows are the split. No silent fallback."""
-    import datasets
+    import datasets  # after load_corpus has asked the Hub
 
     datasets.disable_progress_bars()
     if dataset == "wikitext2":
         return datasets.load_dataset(HUB_DATASET, "wikitext-2-raw-v1")
     if dataset == "sample":
-        from pydoc_data.topics import topics  # the language reference behind Python's help()
-
-        articles = [topics[name] for name in sorted(topics)]
+        articles = [topics[name] for name in sorted(topics)]  # the language reference behind Python's help()
         texts = {"train": [text for i, text in enumerate(articles) if i % 10], "validation": articles[::10]}
         return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts[name]}) for name in texts})
-    endings = {ending for path in Path(dataset).rglob("*") for ending in path.suffixes}
-    builder = "parquet" if ".parquet" in endings else "json" if ".jsonl" in endings else "text"
-    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if builder == "text" else {}  # drops a byte-order mark
-    return datasets.load_dataset(builder, data_dir=dataset, **options)
-
-
-def load_tokenizer(name, train_rows, args):
-    """transformers' tokenizer of that name. bpe:SIZE is trained here, by rank 0, and is byte-level as GPT-2's is."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if name.startswith("bpe:"):
-        trainer = tokenizers.ByteLevelBPETokenizer()
-        if args.rank == 0:
-            trainer.train_from_iterator(train_rows, int(name[4:]), min_frequency=0, show_progress=False)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(trainer.to_str())[0]))
-    return AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
+    kinds = {FILE_TYPES[end] for path in Path(dataset).rglob("*") for end in path.suffixes if end in FILE_TYPES}
+    if len(kinds) != 1:
+        raise ValueError(f"it is no folder with files of one kind: {sorted(kinds)}")
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kinds == {"text"} else {}  # drops a byte-order mark
+    return datasets.load_dataset(kinds.pop(), data_dir=dataset, **options)
 
 
 def load_corpus(args):
@@ -185,29 +181,32 @@ def load_corpus(args):
         except (OSError, ValueError) as error:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import; else huggingface_hub retries for minutes
             log(f"the Hugging Face Hub does not answer ({error}); its cache may have what is needed")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     def encode(batch):
         # A row ends with a line break. The Hub has WikiText's blank lines as "", the original as " \n".
         texts = [text if text.endswith("\n") else text + " \n" for text in batch["text"]]
         return {"ids": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
-    try:
+    with explain(f"cannot take --dataset {args.dataset} with --tokenizer {name}", DATA_HELP):
         rows, streams = load_rows(args.dataset).select_columns("text"), {}
-        tokenizer = load_tokenizer(name, rows["train"]["text"], args)
+        if name.startswith("bpe:"):  # byte-level as GPT-2's, trained by rank 0
+            bpe = tokenizers.ByteLevelBPETokenizer()
+            if args.rank == 0:
+                bpe.train_from_iterator(rows["train"]["text"], int(name[4:]), min_frequency=0, show_progress=False)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(gather(bpe.to_str())[0]))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(HUB_TOKENIZER if name == "gpt2" else name)
         for split, table in rows.map(encode, batched=True, remove_columns="text").items():
             ids = table.data.column("ids").combine_chunks().flatten().to_numpy()
             streams[split] = torch.tensor(ids, dtype=torch.int32)
         shortest = min(len(streams["train"]), len(streams["validation"]))
         if shortest <= args.block_size:
             raise ValueError(f"a split of {shortest} tokens is too short for --block_size {args.block_size}")
-    except Exception as error:
-        source = f"--dataset {args.dataset} with --tokenizer {name}"
-        raise UserError(f"cannot take {source}: {error.__cause__ or error!r}. {DATA_HELP}") from error
-    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()
-    return SimpleNamespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()  # a resumed run's has to be the same
+    return Namespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
-# endregion data
 # region model (owner: GPTLike-Base.py)
 class CausalSelfAttention(nn.Module):
     """Attention has no dropout of its own: with it, PyTorch's fused CPU attention would be switched off."""
@@ -217,6 +216,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = args.n_head
         self.qkv = nn.Linear(args.d_model, 3 * args.d_model)
         self.projection = nn.Linear(args.d_model, args.d_model)
+        self.projection.std = 0.02 / math.sqrt(2 * args.n_layer)  # as it adds to the residual stream; for initialize()
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x):  # (batch, seq, d_model)
@@ -233,6 +233,7 @@ class TransformerBlock(nn.Module):
         self.attention = CausalSelfAttention(args)
         self.norm2 = nn.LayerNorm(args.d_model)
         up, down = nn.Linear(args.d_model, 4 * args.d_model), nn.Linear(4 * args.d_model, args.d_model)
+        down.std = self.attention.projection.std
         self.feed_forward = nn.Sequential(up, nn.GELU(approximate="tanh"), down, nn.Dropout(args.dropout))
 
     def forward(self, x):  # (batch, seq, d_model)
@@ -252,9 +253,6 @@ class GPTLike(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        for block in self.blocks:  # the layers that add to the residual stream; initialize() reads std
-            block.attention.projection.std = 0.02 / math.sqrt(2 * args.n_layer)
-            block.feed_forward[2].std = 0.02 / math.sqrt(2 * args.n_layer)
         torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
         self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
         self.head = nn.Linear(args.d_model, rows, bias=False)
@@ -274,17 +272,15 @@ class GPTLike(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         logits = self.head(self.final_norm(x))  # (batch, seq, rows)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def parameter_groups(model):
     """Matrices decay at the optimizer's rate, biases and norms never. By name: under ZeRO-3 the shapes are gone."""
     decay, rest = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = name.endswith("weight") and "norm" not in name
-        (decay if is_matrix else rest).append(parameter)
+        group = decay if name.endswith("weight") and "norm" not in name else rest
+        group.append(parameter)
     return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -296,13 +292,9 @@ def lr_factor(step, args):
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
 
-# endregion model
 # region metrics (owner: GPTLike-Base.py)
-# Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
-PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
-NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f", "mfu": ".3f"}
-# What has to be the same in a checkpoint and in the run that continues it. "data" is a digest of the train tokens.
-SETTINGS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
+NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f"}
+RESUME_NEEDS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
     weight_decay warmup_steps zero_stage world_size data""".split()
 
 
@@ -327,13 +319,13 @@ def write_json(path, value):
     part.rename(path)
 
 
-def show_start(num_params, corpus, args):
+def show_start(corpus, args):
     visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
     log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
     places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
     log("\n".join(f"  a rank on {place}" for place in places))
-    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {num_params:,}")
+    log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {args.n_params:,}")
 
 
 def average_and_check(loss, grad_norm, caught, args):
@@ -341,21 +333,8 @@ def average_and_check(loss, grad_norm, caught, args):
     losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
     mean = sum(losses) / args.world_size
     if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
-        found = f"the loss is {mean}, the norm of its gradients {float(grad_norm)}"
-        raise UserError(f"{found}. Checkpoints are as they were. Try a lower --lr or more --warmup_steps")
+        raise UserError(f"loss {mean}, gradient norm {grad_norm}: take a lower --lr or more --warmup_steps")
     return mean, any(signals)
-
-
-def speed(tokens_per_second, num_params, args):
-    """That rate of all ranks, this rank's peak memory so far, and MFU where the device's peak is known."""
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    if torch.cuda.is_available():
-        peak_memory = torch.cuda.max_memory_allocated()
-    fields = {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory / 2**30}
-    if args.device_name in PEAK_TFLOPS and args.precision != "fp32":
-        flops_per_token = 6 * num_params + 12 * args.n_layer * args.block_size * args.d_model  # forward and backward
-        fields["mfu"] = tokens_per_second * flops_per_token / (PEAK_TFLOPS[args.device_name] * 1e12 * args.world_size)
-    return fields
 
 
 @torch.no_grad()
@@ -373,10 +352,9 @@ def evaluate(model, corpus, args):
     model.train()
     nats, text = sum(gather(nats.item())), corpus.tokenizer.decode(stream, clean_up_tokenization_spaces=False)
     loss = nats / (len(stream) - 1)
-    figures = {"loss": loss, "perplexity": math.exp(min(700, loss))}
-    figures |= {"word_perplexity": math.exp(min(700, nats / len(text.split())))}
-    figures |= {"bits_per_byte": nats / math.log(2) / len(text.encode())}
-    return {f"validation_{name}": value for name, value in figures.items()}
+    fields = {"validation_loss": loss, "validation_perplexity": math.exp(min(700, loss))}
+    fields["validation_word_perplexity"] = math.exp(min(700, nats / len(text.split())))
+    return fields | {"validation_bits_per_byte": nats / math.log(2) / len(text.encode())}
 
 
 def validate(model, step, best, corpus, args):
@@ -395,7 +373,7 @@ def validate(model, step, best, corpus, args):
     return fields
 
 
-def show_ledger(kinds, num_params, args):
+def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
     # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
@@ -405,7 +383,7 @@ def show_ledger(kinds, num_params, args):
     formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():
-        formula = bytes_each * num_params // (args.world_size if args.zero_stage >= stage else 1)
+        formula = bytes_each * args.n_params // (args.world_size if args.zero_stage >= stage else 1)
         for tensor in kinds.get(kind, tensors):
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and memory.data_ptr() not in counted:
@@ -418,14 +396,13 @@ def show_ledger(kinds, num_params, args):
 
 
 def claim_output(args):
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    """Lock --output_dir until this process ends, and with it the open file. Refuse or delete a run there, by flags."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        # The descriptor stays open on purpose: the lock goes with it.
+    with explain(
+        f"cannot lock {output}", "If another run is writing there, wait for it, or choose another --output_dir"
+    ):
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing to {output}: wait for it, or choose another --output_dir") from error
     holds_run = (output / "args.json").exists()
     if holds_run and args.overwrite:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -436,12 +413,12 @@ def claim_output(args):
 
 def check_settings(saved, args):
     now = vars(args)
-    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in SETTINGS if saved.get(name) != now[name]]
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in RESUME_NEEDS if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
 
 
-# endregion metrics
+# endregion
 
 
 def gather(value):  # a collective in the other scripts
@@ -473,8 +450,8 @@ def main():
     optimizer = torch.optim.AdamW(parameter_groups(masters), betas=BETAS, weight_decay=args.weight_decay, fused=True)
     if args.compile:
         model.compile()
-    num_params = sum(weight.numel() for weight in model.parameters())
-    show_start(num_params, corpus, args)
+    args.n_params = sum(weight.numel() for weight in model.parameters())
+    show_start(corpus, args)
 
     start, best, ledger, output = 0, None, {}, Path(args.output_dir)
     checkpoint_path = output / "checkpoints" / "state.pt"
@@ -492,9 +469,8 @@ def main():
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
-    clock_step, clock = start, time.perf_counter()
-    # Steps count from 1. disable=None: the bar shows on a terminal only.
-    for step in trange(start + 1, args.max_steps + 1, initial=start, total=args.max_steps, disable=None):
+    step, clock_step, clock = start, start, time.perf_counter()
+    for step in tqdm(range(start + 1, args.max_steps + 1), initial=start, total=args.max_steps, disable=None):
         torch.manual_seed((args.seed * 1_000_003 + step - 1) * 4_099 + args.rank)  # dropout: the same after a resume
         loss = torch.zeros((), device=args.device)
         for inputs, targets in micro_batches(blocks, step - 1, args):
@@ -504,7 +480,7 @@ def main():
         if step > 1 and not ledger:  # at the first step the optimizer has no moments yet
             moments = [value for state in optimizer.state.values() for value in state.values()]
             kinds = {"parameters": [*model.parameters()], "optimizer_states": [*masters.parameters(), *moments]}
-            ledger = show_ledger(kinds, num_params, args)
+            ledger = show_ledger(kinds, args)
         for weight, master in zip(model.parameters(), masters.parameters(), strict=True):
             master.grad = weight.grad.float()
         grad_norm = nn.utils.clip_grad_norm_(masters.parameters(), GRADIENT_CLIPPING)
@@ -522,7 +498,8 @@ def main():
             continue
         loss, stopping = average_and_check(loss, grad_norm, caught, args)
         rate = global_batch * args.block_size * (step - clock_step) / (time.perf_counter() - clock)
-        record({"step": step, "loss": loss, "lr": lr} | speed(rate, num_params, args), args)
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024  # a GPU's, or a process's
+        record({"step": step, "loss": loss, "lr": lr, "tokens_per_second": rate, "peak_memory_gib": peak / 2**30}, args)
         if eval_due:
             best = validate(model, step, best, corpus, args)
         if save_due or stopping:
@@ -535,8 +512,7 @@ def main():
             log(f"stopped by a signal: step {step} is saved, the same command continues")
             os._exit(128 + caught[0])
         clock_step, clock = step, time.perf_counter()
-    steps = max(start, args.max_steps)
-    write_json(output / "summary.json", {"steps": steps, "parameters": num_params, "best": best, "ledger": ledger})
+    write_json(output / "summary.json", {"steps": step, "best": best, "ledger": ledger})
     log(f"finished: see {output}/summary.json and {output}/model")
 
 

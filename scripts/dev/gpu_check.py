@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from benchmark import write_data
-from common import ROOT, SCRIPTS, ToolError, exit_with
+from common import ROOT, SCRIPTS, ToolError, exit_with, mfu
 from gpu_runs import GIB, Failed, Launch, Launcher, Run, Skipped, reason, shares_of_kinds
 
 PARTS = ("start", "ledger", "parity", "speed", "profile", "offload", "nvme")
@@ -139,11 +139,12 @@ def fast(run: Run, base: Run) -> str:
     rate, beside = (median(each.series("tokens_per_second")[1:]) for each in (run, base))
     found = f"{rate:,.0f} tokens/s, peak {max(run.series('peak_memory_gib')):.2f} GiB"
     found += "" if run is base else f", {rate / beside:.2f}x Base"
-    shares, args = run.series("mfu")[1:], run.json("args.json")
-    if not shares:
+    args = run.json("args.json")
+    share = mfu(rate, args)
+    if share is None:
         return f"{found}, MFU unknown for this device"
-    found += f", MFU {median(shares):.1%}"
-    slow = run is base and median(shares) < BARS["compiled" if args["compile"] else "eager"]
+    found += f", MFU {share:.1%}"
+    slow = run is base and share < BARS["compiled" if args["compile"] else "eager"]
     alone = args["zero_stage"] == 1 and args["world_size"] == 1 and not args["compile"]
     if slow or (alone and rate < ZERO1_BAR * beside):
         raise Failed(found)

@@ -77,9 +77,9 @@ def probe(options: dict, script: str, words: list[str]) -> None:
     module = load_script(script)
     show_ledger, micro_batches, profiler = module.show_ledger, module.micro_batches, torch.profiler.profile()
 
-    def show_both(kinds: dict, num_params: int, args: argparse.Namespace) -> dict:
+    def show_both(kinds: dict, args: argparse.Namespace) -> dict:
         held = torch.cuda.memory_allocated() if on_gpu else 0
-        ledger = show_ledger(kinds, num_params, args)
+        ledger = show_ledger(kinds, args)
         if args.rank == 0:
             Path(args.output_dir, "held.json").write_text(json.dumps({"allocated": held, "ledger": ledger}))
         return ledger

@@ -169,16 +169,20 @@ class DataParallel:
         return total.item() / self.args.world_size
 
 
+def speed(tokens_per_second: float) -> dict:
+    """That and this process's peak memory, as the scripts record them."""
+    peak = base.getrusage(base.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak}
+
+
 def train(kind: type, args: argparse.Namespace, corpus: tuple) -> None:
     blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
     rival = kind(args, corpus.vocab_size)
-    num_params = sum(weight.numel() for weight in rival.model.parameters())
     clock = time.perf_counter()
     for step in range(args.max_steps):
         loss = rival.take_step(step, base.micro_batches(blocks, step, args))
-        speed = base.speed(tokens / (time.perf_counter() - clock), num_params, args)
-        base.record({"step": step + 1, "loss": loss} | speed, args)
+        base.record({"step": step + 1, "loss": loss} | speed(tokens / (time.perf_counter() - clock)), args)
         clock = time.perf_counter()
 
 
@@ -225,7 +229,7 @@ def train_with_trainer(args: argparse.Namespace, corpus: tuple) -> None:
                 now = time.perf_counter()
                 tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
                 fields = {"step": state.global_step, "loss": float(logs["loss"])}
-                base.record(fields | base.speed(tokens / (now - self.clock), parameters, args), args)
+                base.record(fields | speed(tokens / (now - self.clock)), args)
                 self.clock = now
 
     shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.d_model, "n_positions": args.block_size}
@@ -237,7 +241,6 @@ def train_with_trainer(args: argparse.Namespace, corpus: tuple) -> None:
         args.output_dir, max_steps=args.max_steps, seed=args.seed, **quiet, **numbers
     )
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropout))
-    parameters = model.num_parameters()
     transformers.Trainer(model, options, train_dataset=Blocks(), callbacks=[Recorder()]).train()
 
 

@@ -5,7 +5,11 @@ the teaching order meets it first:
 
     # region model (owner: GPTLike-Base.py)
     ...
-    # endregion model
+    # region metrics (owner: GPTLike-Base.py)
+    ...
+    # endregion
+
+A region ends where the next one begins, or at "# endregion".
 
     python scripts/dev/sync_regions.py           check; exit 0: all equal, 1: stale copies, 2: broken markers
     python scripts/dev/sync_regions.py --write   make stale copies equal to their owner
@@ -18,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-REGION = re.compile(r"^# region (\S+) \(owner: (\S+)\)\n.*?^# endregion \1\n", re.MULTILINE | re.DOTALL)
+REGION = re.compile(r"^# region (\S+) \(owner: (\S+)\)\n.*?(?=^# (?:end)?region\b)", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(r"^\s*#+\s*(end)?region\b.*$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -27,8 +31,9 @@ def regions(path: Path) -> dict[str, re.Match]:
     text = path.read_text(encoding="utf-8")
     found = list(REGION.finditer(text))
     names = [match[1] for match in found]
-    if len(MARKER.findall(text)) != 2 * len(found) or len(set(names)) != len(names):
-        raise ValueError(f"{path.name}: region markers do not pair: {[match[0] for match in MARKER.finditer(text)]}")
+    if len(MARKER.findall(text)) != len(found) + 1 or len(set(names)) != len(names):
+        markers = [match[0] for match in MARKER.finditer(text)]
+        raise ValueError(f"{path.name}: these are not regions of different names and one end: {markers}")
     return dict(zip(names, found, strict=True))
 
 

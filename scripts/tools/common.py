@@ -18,6 +18,8 @@ SCRIPTS = (  # in teaching order
     "DeepSpeed-GPTLike-ZeRO-Offload.py",
     "DeepSpeed-GPTLike-Multihosts.py",
 )
+# Dense, 16 bit, by the names that torch.cuda.get_device_name() gives.
+PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
 
 
 class ToolError(Exception):
@@ -30,7 +32,7 @@ def exit_with(error: Exception) -> None:
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of the root as a module. Importing one has no side effect but DS_ACCELERATOR, where that is unset."""
+    """A script of the root as a module."""
     path = ROOT / name
     module_name = path.stem.replace("-", "_")
     if module_name not in sys.modules:
@@ -78,6 +80,18 @@ def read_metrics(run: Path) -> dict[int, dict]:
             if number < len(lines) or line.endswith("\n"):
                 raise ToolError(f"{path}, line {number} is not what a run writes: {error!r}") from error
     return dict(sorted(steps.items()))
+
+
+def mfu(tokens_per_second: float, args: dict) -> float | None:
+    """Model FLOPs utilization: the share of its GPUs' 16-bit peak that a run reaches, forward and backward.
+
+    args: the run's args.json. None where a card's peak is not known, and in fp32.
+    """
+    peak = PEAK_TFLOPS.get(args.get("device_name"))
+    if peak is None or args["precision"] == "fp32":
+        return None
+    flops_per_token = 6 * args["n_params"] + 12 * args["n_layer"] * args["block_size"] * args["d_model"]
+    return tokens_per_second * flops_per_token / (peak * 1e12 * args["world_size"])
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -6,7 +6,8 @@ Run:
 
 Reads what a run leaves in its --output_dir. A run that still trains, or was cut off, is shown as far as it went; a dash
 stands for what it has not recorded. "per word" is the perplexity of the best validation. tokens/s is the median of the
-run's lines without the first, which pays for the start, and counts all ranks together; peak GiB is rank 0's. With
+run's lines without the first, which pays for the start, and counts all ranks together. MFU, the share of the cards'
+16-bit peak, is shown for cards whose peak is known here, and not in fp32. peak GiB is rank 0's. With
 --output it writes loss.png there: train loss as lines, validation loss as hollow marks.
 To watch a run while it trains, let its JSON write TensorBoard's files: docs/monitoring.md.
 Exit code 0: fine, 1: a folder holds no readable run, 2: wrong usage.
@@ -18,14 +19,14 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ToolError, exit_with, read_json, read_metrics, table
+from common import ToolError, exit_with, mfu, read_json, read_metrics, table
 
 # They differ for colour-blind readers, too, and have a contrast of at least 3 to white and to GitHub's dark background.
 PALETTE = ("#0f96ff", "#e1780f", "#692dff", "#c30f2d", "#b400b4", "#b48778", "#8787a5")
 MARKERS = "osD^vPX"
 GREY = "#797979"
 HEADS = ["run", "script", "stage", "ranks", "steps", "train loss", "best validation", "at step", "per word"]
-HEADS += ["tokens/s", "peak GiB"]
+HEADS += ["tokens/s", "MFU", "peak GiB"]
 
 
 class Run(NamedTuple):
@@ -82,6 +83,7 @@ def row(run: Run) -> list[object]:
     losses, rates = run.series("loss"), list(run.series("tokens_per_second").values())
     validation = {step: loss for step, loss in run.series("validation_loss").items() if math.isfinite(loss)}
     best_step = min(validation, key=validation.get, default=None)
+    rate = statistics.median(rates[1:] or rates) if rates else None
     return [
         run.name,
         script_name(run.folder),
@@ -92,7 +94,8 @@ def row(run: Run) -> list[object]:
         cell(validation.get(best_step), ".4f"),
         "-" if best_step is None else best_step,
         cell(run.series("validation_word_perplexity").get(best_step), ".6g"),
-        cell(statistics.median(rates[1:] or rates) if rates else None, ",.0f"),
+        cell(rate, ",.0f"),
+        cell(None if rate is None else mfu(rate, run.args), ".1%"),
         cell(max(run.series("peak_memory_gib").values(), default=None), ".2f"),
     ]
 

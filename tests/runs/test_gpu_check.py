@@ -47,21 +47,23 @@ def test_dry_run_prints_commands(gpu, tmp_path, capsys):
     assert said.count("start: ") == 6 and said.count("--nproc_per_node 2") == 5 and not page.exists()
 
 
-def made_up_run(gpu, folder, losses, *, allocated=0, mfu=0.4):
-    steps = {step: {"loss": loss, "mfu": mfu, "tokens_per_second": 1e3} for step, loss in enumerate(losses, start=1)}
+def made_up_run(gpu, folder, losses, *, allocated=0, rate=460_000):
+    steps = {step: {"loss": loss, "tokens_per_second": rate} for step, loss in enumerate(losses, start=1)}
     for fields in steps.values():
         fields["peak_memory_gib"] = 1.0
     ledger = {"parameters on cuda": {"held": 2**30, "formula": 2**30}}
     (folder / "held.json").write_text(json.dumps({"allocated": allocated, "ledger": ledger}))
-    (folder / "args.json").write_text(json.dumps({"compile": False, "zero_stage": 0, "world_size": 1}))
+    args = {"compile": False, "zero_stage": 0, "world_size": 1, "precision": "bf16", "device_name": "NVIDIA H200"}
+    args |= {"n_params": 124_000_000, "n_layer": 12, "block_size": 1024, "d_model": 768}
+    (folder / "args.json").write_text(json.dumps(args))
     return gpu.Run(0, "precision bf16", steps, folder)
 
 
 def test_wrong_runs_fail(gpu, tmp_path):
     good = made_up_run(gpu, tmp_path, [6.0, 5.0, 4.0], allocated=2**30 + 2**26)
     assert gpu.trains(good) == "loss 6.000 to 4.000, peak 1.00 GiB" and gpu.agrees(good, good) == "0.0e+00"
-    assert gpu.holds(good) == "ledger 1.000 GiB, allocator 1.062 GiB" and "MFU 40.0%" in gpu.fast(good, good)
-    bad = made_up_run(gpu, tmp_path, [6.0, 6.5, 7.0], allocated=2**31, mfu=0.3)
+    assert gpu.holds(good) == "ledger 1.000 GiB, allocator 1.062 GiB" and "MFU 39.9%" in gpu.fast(good, good)
+    bad = made_up_run(gpu, tmp_path, [6.0, 6.5, 7.0], allocated=2**31, rate=350_000)
     for judge, runs in ((gpu.trains, [bad]), (gpu.agrees, [bad, good]), (gpu.holds, [bad]), (gpu.fast, [bad, bad])):
         with pytest.raises(gpu.Failed):
             judge(*runs)

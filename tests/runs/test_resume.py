@@ -108,7 +108,7 @@ SPOILT = [  # what is done to a run of steps 45 and 60, flags, exit code, what i
     ("rm step60/rank1.json", "", 0, "resumed from step 60"),  # one mark proves that all shards were written
     ("rm step60/rank0.json step60/rank1.json", "", 0, "resumed from step 45"),
     ("rm step60/*rank_1_mp_rank_00_optim*", "", 0, "resumed from step 45"),
-    ("rm step*/*rank_1_mp_rank_00_optim*", "", 1, "no step in .* is whole on every rank. rank 0 on .*step45"),
+    ("rm step*/*rank_1_mp_rank_00_optim*", "", 1, "no step in .* is whole on every rank. By rank: .*step45"),
     ("truncate -s 1000 step60/zero_pp_rank_0*", "", 1, "cannot load .*step60.*Without it the one before serves"),
     ("", "--seed 7", 1, "--output_dir holds a run with seed 42, now 7. Take the former, or add --overwrite"),
     ("", "--n_layer 1", 1, "n_layer 2, now 1"),
@@ -142,7 +142,7 @@ def test_two_runs_into_one_folder(tmp_path):
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     second = run(command(ZERO1, *TINY, "--output_dir", tmp_path / "run"))
     end(first, tmp_path / "run")
-    assert second.returncode == 1 and "another run is writing to" in second.stderr
+    assert second.returncode == 1 and "If another run is writing there, wait for it" in second.stderr
 
 
 def test_full_disk(tmp_path):
@@ -162,7 +162,7 @@ def test_full_disk(tmp_path):
 def test_nan_stops_before_anything_is_saved(tmp_path):
     words = ["--lr", "900", "--warmup_steps", "0", "--max_steps", "40", "--save_interval", "1", "--weight_decay", "900"]
     result = run(command(ZERO2, *TINY, *words, "--output_dir", tmp_path / "run", launcher="python"))
-    assert result.returncode == 1 and "the loss is " in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "take a lower --lr" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_stuck_rank_ends_the_others(tmp_path):

@@ -121,13 +121,13 @@ def test_offload(zero, message):
 
 
 DATA = [
-    ({}, "", "doesn't contain any data files.*folder   --dataset DIR"),
-    ({"train.csv": "x"}, "", "KeyError..validation.*folder   --dataset DIR"),
+    ({}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
+    ({"train.csv": "x"}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
     ({"train.txt": "a b\n" * 99}, "", "KeyError..validation.*with DIR/train.txt and DIR/valid.txt"),
     (
         {"train.txt": "a b\n" * 99, "valid.jsonl": '{"text": "x"}'},
         "",
-        "JSON",
+        "no folder with files of one kind: .'json', 'text'.",
     ),
     ({"train.txt": "a b\n" * 99, "valid.txt": "a\n"}, "", "a split of 2 tokens is too short for --block_size 256"),
     ({"train.txt": "a b\n" * 99, "valid.txt": b"\xff\xfe\x00"}, "", "UnicodeDecodeError"),

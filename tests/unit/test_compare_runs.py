@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "scripts" / "tools" / "compare_runs.py"
-ARGS = {"max_steps": 30, "zero_stage": 2, "world_size": 2}
+ARGS = {"max_steps": 30, "zero_stage": 2, "world_size": 2, "device_name": "CPU", "precision": "bf16"}
 VALIDATION = {"validation_perplexity": 500.0, "validation_bits_per_byte": 2.0}
 LINES = [
     {"step": 10, "loss": 7.0, "tokens_per_second": 100.0, "peak_memory_gib": 1.5},
@@ -62,17 +63,28 @@ def test_the_table_has_the_runs_numbers(run):
         "at step": "20",
         "per word": "1234.5",
         "tokens/s": "2,500",  # of 2,000, the later of step 20, and 3,000
+        "MFU": "-",  # a CPU's peak is not known
         "peak GiB": "1.75",
     }
     assert cells(lines[5]) == ["finished", "parameters on cpu", "4,000", "4,000", "1.000"]
     assert cells(lines[6]) == ["finished", "gradients and buckets on cpu", "9,000", "2,000", "4.500"]
 
 
+@pytest.mark.parametrize(
+    ("card", "precision", "share"),
+    [("NVIDIA H100 80GB HBM3", "bf16", 0.1734), ("NVIDIA H", "bf16", None), ("NVIDIA H200", "fp32", None)],
+)
+def test_mfu_by_the_cards_exact_name(card, precision, share):
+    shape = {"n_params": 124_000_000, "n_layer": 12, "d_model": 768, "block_size": 1024, "world_size": 2}
+    found = common.mfu(400_000, shape | {"device_name": card, "precision": precision})
+    assert found == (pytest.approx(share, abs=1e-4) if share else None)
+
+
 def test_a_run_that_was_cut_off_is_shown_as_far_as_it_went(run):
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text(json.dumps(LINES[0]) + '\n{"step": 20, "lo')  # killed while it wrote
     lines = compare(run).stdout.splitlines()
-    unfinished = ["finished", "ZeRO-2", "2", "2", "10 of 30, unfinished", "7.0000", "-", "-", "-", "100", "1.50"]
+    unfinished = ["finished", "ZeRO-2", "2", "2", "10 of 30, unfinished", "7.0000", "-", "-", "-", "100", "-", "1.50"]
     assert [cells(line) for line in lines[1:]] == [unfinished]
 
 

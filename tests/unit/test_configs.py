@@ -60,8 +60,9 @@ def test_auto_is_the_scripts_own_numbers(tmp_path, capsys):
 def test_scheduler_auto(tmp_path):
     params = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")
     (tmp_path / "s.json").write_text(config(scheduler={"type": "WarmupDecayLR", "params": params}))
-    found, _ = load(ZERO1, tmp_path / "s.json", "--lr", "1e-3", "--warmup_steps", "7")
-    load_script(ZERO1).replace_auto(found, {"total_num_steps": 99})  # as main() does once it knows
+    found, args = load(ZERO1, tmp_path / "s.json", "--lr", "1e-3", "--warmup_steps", "7")
+    numbers = {"total_num_steps": 99, "warmup_max_lr": args.lr}
+    load_script(ZERO1).replace_auto(found, numbers)  # as main() does once it knows
     expected = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 7, "total_num_steps": 99}
     assert found["scheduler"]["params"] == expected
 

@@ -36,7 +36,7 @@ def test_one_wrong_byte_is_found_and_mended(copies):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("# endregion model\n", ""),
+        ("# endregion\n", ""),
         ("# region model (owner", "#region model (owner"),
         ("# region data (owner: GPTLike-Base.py)", "# region data (owner: Nobody.py)"),
     ],
