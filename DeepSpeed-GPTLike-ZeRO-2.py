@@ -210,7 +210,7 @@ def load_corpus(args):
         shortest = min(len(streams["train"]), len(streams["validation"]))
         if shortest <= args.block_size:
             raise ValueError(f"a split of {shortest} tokens is too short for --block_size {args.block_size}")
-    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()  # a resumed run's has to be the same
+    args.data = hashlib.sha256(streams["train"].numpy()).hexdigest()
     return Namespace(streams=streams, tokenizer=tokenizer, vocab_size=max(tokenizer.get_vocab().values()) + 1)
 
 
@@ -301,7 +301,8 @@ def lr_factor(step, args):
 
 # region metrics (owner: GPTLike-Base.py)
 NUMBER_FORMATS = {"step": "d", "lr": ".2e", "tokens_per_second": ".0f", "peak_memory_gib": ".2f"}
-RESUME_NEEDS = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
+# What has to be the same in a checkpoint and in the run that continues it. "data" is a digest of the train tokens.
+MUST_MATCH = """n_layer n_head d_model block_size dropout seed precision batch_size gradient_accumulation_steps lr
     weight_decay warmup_steps zero_stage world_size data""".split()
 
 
@@ -365,7 +366,7 @@ def evaluate(model, corpus, args):
 
 
 def validate(model, step, best, corpus, args):
-    """Record those figures. The model of the lowest loss so far stands in model/; returns its step and figures."""
+    """Evaluate and record. The model of the lowest loss so far stands in model/; returns its step and figures."""
     fields = {"step": step} | evaluate(model, corpus, args)
     record(fields, args)
     if best and not fields["validation_loss"] < best["validation_loss"]:
@@ -403,12 +404,11 @@ def show_ledger(kinds, args):
 
 
 def claim_output(args):
-    """Lock --output_dir until this process ends, and with it the open file. Refuse or delete a run there, by flags."""
+    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with explain(
-        f"cannot lock {output}", "If another run is writing there, wait for it, or choose another --output_dir"
-    ):
+    with explain(f"cannot lock {output}", "Wait for the run that holds it, or choose another --output_dir"):
+        # The descriptor stays open on purpose: the lock goes with it.
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     holds_run = (output / "args.json").exists()
     if holds_run and args.overwrite:
@@ -420,7 +420,7 @@ def claim_output(args):
 
 def check_settings(saved, args):
     now = vars(args)
-    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in RESUME_NEEDS if saved.get(name) != now[name]]
+    changed = [f"{name} {saved.get(name)}, now {now[name]}" for name in MUST_MATCH if saved.get(name) != now[name]]
     if changed:
         raise UserError(f"--output_dir holds a run with {'; '.join(changed)}. Take the former, or add --overwrite")
 

@@ -142,7 +142,7 @@ def test_two_runs_into_one_folder(tmp_path):
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     second = run(command(ZERO1, *TINY, "--output_dir", tmp_path / "run"))
     end(first, tmp_path / "run")
-    assert second.returncode == 1 and "If another run is writing there, wait for it" in second.stderr
+    assert second.returncode == 1 and "Wait for the run that holds it" in second.stderr
 
 
 def test_full_disk(tmp_path):
