@@ -237,7 +237,7 @@ class Rehearsal:
         self.show("error:")
         if 0 in codes:
             raise Failed("a host without its files trained on")
-        self.expect("rank 1 on node1: []")
+        self.expect("('node1', [])")
         return f"continued after step {stopped} exactly as undisturbed; a lost disk is refused"
 
     def version_mismatch(self) -> str:
