@@ -150,7 +150,7 @@ def epoch_order(epoch, num_blocks, seed):
 
 
 def micro_batches(blocks, step, args):
-    """This rank's micro batches of an optimizer step. Its samples depend on seed and step alone, not on the ranks."""
+    """This rank's micro batches. A step's samples depend on seed, step and global batch alone, not on the ranks."""
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
     places = [divmod(sample, len(blocks)) for sample in range(first, first + per_rank)]
@@ -260,14 +260,14 @@ class GPTLike(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
+        torch.manual_seed(args.seed)  # what layers drew when they were made depends on the device
         self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
-        self.head = nn.Linear(args.d_model, rows, bias=False)
+        self.head = nn.Linear(args.d_model, rows, bias=False)  # after apply(): it has no weight of its own
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
     def initialize(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
-            drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
+            drawn = torch.empty(module.weight.shape, device="cpu").float()  # zero.Init would make it 16-bit, on the GPU
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
@@ -337,7 +337,7 @@ def show_start(corpus, args):
 
 
 def average_and_check(loss, grad_norm, caught, args):
-    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device."""
+    """The mean loss over ranks, and whether any rank has caught a signal. Here the loop waits for the device."""
     losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
     mean = sum(losses) / args.world_size
     if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
@@ -383,11 +383,11 @@ def validate(model, step, best, corpus, args):
 
 def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
-    # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
+    # All other tensors are gradients and their buckets, and at stage 3 small weights that stay whole.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    width = 4 if args.precision == "fp32" else 2
+    width = 4 if args.precision == "fp32" else 2  # below: bytes a parameter, and the stage that divides them by ranks
     formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():
@@ -529,7 +529,7 @@ def open_output(ds_config, args):
     args.first_of_disk = args.rank == 0 or (args.local_rank == 0 and not shared[args.rank])
     if args.first_of_disk and args.rank > 0:
         claim_output(args)
-    if not all(shared):  # then each host keeps all that its own ranks load
+    if not all(shared):  # then DeepSpeed writes to each disk all that its ranks load
         ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
     probe.unlink(missing_ok=True)
 
@@ -579,8 +579,8 @@ def save_checkpoint(engine, mark, args):
 
 def model_states(engine):
     weights = list(engine.parameters())
-    # ZeRO-2: the state's keys are this rank's fp32 share of the weights, its values their moments.
-    # No other name of DeepSpeed's leads to them at all stages.
+    # ZeRO-2: this is the Adam inside ZeRO's: its state's keys are this rank's fp32 share of the weights, its values
+    # their moments. No public name of DeepSpeed's leads to them at all stages.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return {"parameters": weights, "optimizer_states": list(states) + moments}
@@ -644,11 +644,11 @@ def main():
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
         for inputs, targets in micro_batches(blocks, step - 1, args):
             micro_loss = engine(inputs, targets)
-            engine.backward(micro_loss)
+            engine.backward(micro_loss)  # divides by the accumulation, and averages over ranks
             loss += micro_loss.detach() / args.gradient_accumulation_steps
-            if step > 1 and not ledger and engine.is_gradient_accumulation_boundary():
+            if step > 1 and not ledger and engine.is_gradient_accumulation_boundary():  # step 1 makes Adam's states
                 ledger = show_ledger(model_states(engine), args)
-            engine.step()  # after the last micro batch it steps the optimizer, before that it only counts
+            engine.step()  # after the last micro batch: clip, step, clear gradients; before that it only counts
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
         log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]

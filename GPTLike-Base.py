@@ -143,7 +143,7 @@ def epoch_order(epoch, num_blocks, seed):
 
 
 def micro_batches(blocks, step, args):
-    """This rank's micro batches of an optimizer step. Its samples depend on seed and step alone, not on the ranks."""
+    """This rank's micro batches. A step's samples depend on seed, step and global batch alone, not on the ranks."""
     per_rank = args.batch_size * args.gradient_accumulation_steps
     first = (step * args.world_size + args.rank) * per_rank
     places = [divmod(sample, len(blocks)) for sample in range(first, first + per_rank)]
@@ -253,14 +253,14 @@ class GPTLike(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList([TransformerBlock(args) for _ in range(args.n_layer)])
         self.final_norm = nn.LayerNorm(args.d_model)
-        torch.manual_seed(args.seed)  # the layers have drawn, too, under zero.Init on the GPU
+        torch.manual_seed(args.seed)  # what layers drew when they were made depends on the device
         self.apply(self.initialize)  # zero.Init gathers for apply(); a loop over parameters would see empty ones
-        self.head = nn.Linear(args.d_model, rows, bias=False)
+        self.head = nn.Linear(args.d_model, rows, bias=False)  # after apply(): it has no weight of its own
         self.head.weight = self.token_embedding.weight  # tied: one parameter under two names
 
     def initialize(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
-            drawn = torch.empty(module.weight.shape, device="cpu").float()  # the same for every device and precision
+            drawn = torch.empty(module.weight.shape, device="cpu").float()  # zero.Init would make it 16-bit, on the GPU
             module.weight.data.copy_(drawn.normal_(std=getattr(module, "std", 0.02)))
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
@@ -330,7 +330,7 @@ def show_start(corpus, args):
 
 
 def average_and_check(loss, grad_norm, caught, args):
-    """The mean loss over ranks, and whether any rank has caught a signal. The loop's only wait for the device."""
+    """The mean loss over ranks, and whether any rank has caught a signal. Here the loop waits for the device."""
     losses, signals = zip(*gather((loss.item(), bool(caught))), strict=True)
     mean = sum(losses) / args.world_size
     if args.precision != "fp16" and not math.isfinite(mean + grad_norm):  # fp16 skips such steps by itself
@@ -376,11 +376,11 @@ def validate(model, step, best, corpus, args):
 
 def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
-    # Between a backward pass and a step, all other tensors are gradients and the buckets that these travel in.
+    # All other tensors are gradients and their buckets, and at stage 3 small weights that stay whole.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    width = 4 if args.precision == "fp32" else 2
+    width = 4 if args.precision == "fp32" else 2  # below: bytes a parameter, and the stage that divides them by ranks
     formulas = {"parameters": (width, 3), "optimizer_states": (12, 1), "gradients_and_buckets": (width, 2)}
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 from conftest import ROOT, load_script, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 benchmark = load_script("scripts/dev/benchmark.py")
 TINY = """--vocab 300 --n_layer 1 --n_head 2 --d_model 32 --block_size 32 --batch_size 4 --rounds 1
     --precision fp32""".split()

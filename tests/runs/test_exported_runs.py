@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "scripts" / "tools"
 TINY = """--dataset sample --tokenizer bpe:300 --n_layer 1 --n_head 2 --d_model 32 --block_size 32 --max_steps 3

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT, load_script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 dev = str(ROOT / "scripts" / "dev")
 
 

@@ -47,7 +47,7 @@ def test_default_data_from_the_hub_and_then_from_its_cache(tmp_path):
     assert tokens == [line for line in again.stdout.splitlines() if line.startswith("wikitext2: tokens")]
 
 
-@pytest.mark.parametrize("failure", [HANG, 500])
+@pytest.mark.parametrize("failure", [HANG, pytest.param(500, marks=pytest.mark.drill)])
 def test_out_of_reach(failure, tmp_path):
     with HubServer(fail={".": failure}) as hub:
         began = time.monotonic()

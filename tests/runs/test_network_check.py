@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import MULTIHOSTS, ROOT, TINY, environment, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 CHECK = ROOT / "scripts" / "tools" / "network_check.py"
 
 

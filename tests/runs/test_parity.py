@@ -17,7 +17,9 @@ def rows(said: str) -> dict[str, list[str]]:
     ("words", "scripts"),
     [
         (["--steps", "8"], ["ZeRO-1", "ZeRO-2", "ZeRO-3", "Offload", "ZeRO-3-Offload", "Multihosts"]),
-        (["--steps", "8", "--ranks", "4", "--accumulation", "4"], ["ZeRO-2", "ZeRO-3"]),
+        pytest.param(
+            ["--steps", "8", "--ranks", "4", "--accumulation", "4"], ["ZeRO-2", "ZeRO-3"], marks=pytest.mark.drill
+        ),
     ],
     ids=["all scripts on two ranks", "four ranks with four micro batches"],
 )
@@ -30,6 +32,7 @@ def test_losses_are_those_of_base(words, scripts, capsys):
         assert float(last) < float(first) - 0.1  # a frozen model would agree with itself, too
 
 
+@pytest.mark.drill
 def test_says_so_where_losses_are_apart(capsys, tmp_path, monkeypatch):
     """fp32 sums round apart: no run is within 1e-12."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

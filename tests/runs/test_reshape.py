@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import BIN, ROOT, ZERO2, ZERO3, free_port, losses, run, train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 # Losses that a wrong momentum, variance or schedule would move by far more than 1e-5.
 FLAGS = "--dropout 0 --lr 1e-2 --warmup_steps 1 --max_steps 8 --save_interval 5".split()
 TOOL = str(ROOT / "scripts" / "tools" / "reshape_checkpoint.py")

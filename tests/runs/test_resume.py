@@ -14,6 +14,7 @@ import pytest
 from conftest import BASE, OFFLOAD, TINY, ZERO1, ZERO2, ZERO3, command, environment, losses, run, train, weights
 
 pytestmark = pytest.mark.slow
+drill = pytest.mark.drill
 FLAGS = ["--max_steps", "60", "--save_interval", "15", "--eval_interval", "25"]
 
 
@@ -58,7 +59,7 @@ def end(launcher, output):
     launcher.communicate()
 
 
-@pytest.mark.parametrize("script", [ZERO2, ZERO3, OFFLOAD])
+@pytest.mark.parametrize("script", [ZERO2, *(pytest.param(script, marks=drill) for script in (ZERO3, OFFLOAD))])
 def test_killed_and_started_again(script, tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     train(script, calm, *FLAGS, ranks=2)
@@ -77,7 +78,14 @@ def test_killed_and_started_again(script, tmp_path):
         assert weights(killed) == weights(calm)
 
 
-@pytest.mark.parametrize(("script", "number"), [(BASE, signal.SIGTERM), (ZERO1, signal.SIGTERM), (BASE, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (ZERO1, signal.SIGTERM),
+        pytest.param(BASE, signal.SIGTERM, marks=drill),
+        pytest.param(BASE, signal.SIGINT, marks=drill),
+    ],
+)
 def test_stopped_by_a_signal(script, number, tmp_path):
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
     train(script, calm, *FLAGS, ranks=2)
@@ -119,7 +127,12 @@ SPOILT = [  # what is done to a run of steps 45 and 60, flags, exit code, what i
 ]
 
 
-@pytest.mark.parametrize(("damage", "flags", "code", "message"), SPOILT)
+QUICK = SPOILT[1], SPOILT[3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "code", "message"), [row if row in QUICK else pytest.param(*row, marks=drill) for row in SPOILT]
+)
 def test_what_is_found_is_used_or_refused(damage, flags, code, message, finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -131,12 +144,14 @@ def test_what_is_found_is_used_or_refused(damage, flags, code, message, finished
     assert "UserError" not in said  # the message alone; torchrun adds a traceback of its own
 
 
+@drill
 def test_another_number_of_ranks_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     result = run(command(ZERO2, *TINY, *FLAGS, "--output_dir", tmp_path / "run"))
     assert result.returncode == 1 and "world_size 2, now 1" in result.stderr
 
 
+@drill
 def test_two_runs_into_one_folder(tmp_path):
     first = start(ZERO1, tmp_path / "run", "--max_steps", "100000", ranks=1)
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
@@ -165,6 +180,7 @@ def test_nan_stops_before_anything_is_saved(tmp_path):
     assert result.returncode == 1 and "take a lower --lr" in result.stderr and "Traceback" not in result.stderr
 
 
+@drill
 def test_a_stuck_rank_ends_the_others(tmp_path):
     """--timeout holds for the groups that DeepSpeed makes, too."""
     process = start(ZERO2, tmp_path / "run", "--max_steps", "100000", "--timeout", "10", "--save_interval", "0")

@@ -31,6 +31,7 @@ def test_wrong_environment(script, variables, message, tmp_path):
     assert re.search(message, result.stderr, re.DOTALL)
 
 
+@pytest.mark.drill
 def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
     words = command(ZERO1, *TINY, *STEPS, "--timeout", "8", "--output_dir", tmp_path, launcher="python")
     place = {
@@ -46,6 +47,7 @@ def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
     assert "Were all hosts started?" in result.stderr and "network_check.py" in result.stderr
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["Lion", "Lamb"])
 def test_what_deepspeed_cannot_run_here(name, tmp_path):
     import json
@@ -71,6 +73,7 @@ def test_odd_environments_train(tmp_path):
     assert list(losses(tmp_path / "run")) == [1, 2] and "Traceback" not in result.stderr
 
 
+@pytest.mark.drill
 def test_a_reader_that_leaves_ends_the_run_in_one_message(tmp_path):
     line = command(BASE, *TINY, "--max_steps", "5000", "--output_dir", tmp_path / "run")
     shell = ["bash", "-c", 'set -o pipefail; "$@" | head -n 3', "bash", *line]

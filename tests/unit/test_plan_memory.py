@@ -113,7 +113,7 @@ def test_the_smallest_gpu_and_the_host_decide(monkeypatch, capsys):
     assert rows["ZeRO-2, zero2.json"]["24 GiB"] == "no: GPU, host"
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.drill
 def test_a_measured_run_is_as_planned():
     words = f"--measure {ZERO2} --ranks 2 --n_layer 2 --n_head 4 --d_model 128 --block_size 64 --precision fp32"
     done = run([sys.executable, str(ROOT / "scripts" / "tools" / "plan_memory.py"), *words.split(), "--dropout", "0"])

@@ -1,0 +1,116 @@
+"""Draw the README's pictures, each for a light and a dark page, from the data beside them.
+
+    python scripts/dev/pictures.py                      docs/pictures/*.svg anew
+    python scripts/dev/pictures.py --runs RUN RUN ...   first take these runs' losses into docs/pictures/losses.json
+
+stages    bytes of model states that a rank keeps at two ranks, as plan_memory.py computes them
+losses    losses.json
+run       run.txt, what a run printed, as a terminal shows it
+
+Each SVG carries its data as the description in its metadata, by which tests/unit/test_pictures.py knows it.
+"""
+
+import argparse
+import html
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from common import ROOT, read_json, read_metrics
+from plan_memory import formula
+
+FOLDER = ROOT / "docs" / "pictures"
+THEMES = {"light": ("#1f2328", "#ffffff"), "dark": ("#e6edf3", "#0d1117")}
+KINDS = {"parameters": "#0f96ff", "gradients": "#e1780f", "optimizer_states": "#8b5cf6"}
+COLOURS = ("#0f96ff", "#e1780f", "#8b5cf6", "#d1242f", "#2da44e", "#b48778")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 4)), (0, (1, 3)))
+
+
+def stages():
+    """By bar: the bytes of one parameter's states, by kind, that a rank of two keeps."""
+    found = {}
+    for name, stage in (("Base", 0), ("ZeRO-1", 1), ("ZeRO-2", 2), ("ZeRO-3", 3)):
+        found[name] = formula(1, 2, stage)
+    offload = formula(1, 2, 2)
+    found["Offload, GPU"] = offload | {"optimizer_states": 0}
+    found["Offload, host"] = {"parameters": 0, "gradients": 0, "optimizer_states": offload["optimizer_states"]}
+    return found
+
+
+def losses():
+    return read_json(FOLDER / "losses.json")
+
+
+def draw_stages(axes, data):
+    left = dict.fromkeys(data, 0.0)
+    for kind, colour in KINDS.items():
+        sizes = [data[name][kind] for name in data]
+        axes.barh(list(data), sizes, left=list(left.values()), color=colour, label=kind.replace("_", " "))
+        left = {name: left[name] + data[name][kind] for name in data}
+    for name, total in left.items():
+        axes.text(total + 0.2, name, f"{total:g}P", va="center")
+    axes.invert_yaxis()
+    axes.set(xlabel="bytes of model states on a rank, P parameters, 2 ranks, 16-bit Adam", xlim=(0, 18))
+
+
+def draw_losses(axes, data):
+    for number, (name, series) in enumerate(data.items()):
+        steps, values = list(map(int, series)), list(series.values())
+        width = 6 - number * 0.8  # all curves lie on each other: the later ones are thinner
+        axes.plot(steps, values, color=COLOURS[number], lw=width, ls=LINE_STYLES[number], label=name)
+    axes.set(xlabel="optimizer step", ylabel="train loss, nats per token")
+
+
+def draw(name, theme, data, path):
+    ink, paper = THEMES[theme]
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with pyplot.rc_context(dict.fromkeys(inks, ink) | {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 12}):
+        figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained", facecolor=paper)
+        axes.set_facecolor(paper)
+        axes.spines[["top", "right"]].set_visible(False)
+        {"stages": draw_stages, "losses": draw_losses}[name](axes, data)
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None, "Description": json.dumps(data)})
+        pyplot.close(figure)
+
+
+def draw_terminal(theme, text, path):
+    ink, paper = THEMES[theme]
+    lines = text.splitlines()
+    width, height = 8.4 * max(map(len, lines)) + 32, 19 * len(lines) + 28
+    rows = [f'<text x="16" y="{29 + 19 * number}">{html.escape(line)}</text>' for number, line in enumerate(lines)]
+    style = f'fill="{ink}" font-family="monospace" font-size="14" xml:space="preserve"'
+    size = f'viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
+    body = f'<rect width="100%" height="100%" rx="8" fill="{paper}" stroke="{ink}" stroke-opacity="0.3"/>'
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{body}<g {style}>\n' + "\n".join(rows) + "\n</g></svg>\n"
+    )
+
+
+def draw_all(folder):
+    matplotlib.use("Agg")
+    for theme in THEMES:
+        for name, data in (("stages", stages()), ("losses", losses())):
+            draw(name, theme, data, folder / f"{name}-{theme}.svg")
+        draw_terminal(theme, (FOLDER / "run.txt").read_text(), folder / f"run-{theme}.svg")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of runs; its name is shown")
+    args = parser.parse_args()
+    if args.runs:
+        found = {
+            run.name: {step: row["loss"] for step, row in read_metrics(run).items() if "loss" in row}
+            for run in args.runs
+        }
+        (FOLDER / "losses.json").write_text(json.dumps(found) + "\n")
+    draw_all(FOLDER)
+
+
+if __name__ == "__main__":
+    main()
