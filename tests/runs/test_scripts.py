@@ -79,6 +79,7 @@ def test_ledger_beside_the_formula(script, ranks, tmp_path):
         assert abs(row["held"] / row["formula"] - 1) < 0.02
 
 
+@pytest.mark.drill
 def test_the_tutorials_own_json(tmp_path):
     """As its author published it for stage 3: fp16, a fixed total batch, no micro batch; on a CPU with --precision."""
     config = {

@@ -160,7 +160,7 @@ def test_quickstart_asks_the_hub_for_wikitext(machine):
     assert "--dataset" not in commands(result.stdout)[2]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_quickstart_does_not_wait_for_a_silent_hub(machine):
     with HubServer(fail={".": HANG}) as hub:
         start = time.monotonic()
