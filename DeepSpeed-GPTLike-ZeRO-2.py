@@ -579,8 +579,8 @@ def save_checkpoint(engine, mark, args):
 
 def model_states(engine):
     weights = list(engine.parameters())
-    # ZeRO-2: this is the Adam inside ZeRO's: its state's keys are this rank's fp32 share of the weights, its values
-    # their moments. No public name of DeepSpeed's leads to them at all stages.
+    # ZeRO-2: basic_optimizer is the Adam that ZeRO wraps: the one name that leads to it at all stages.
+    # Its state's keys are this rank's fp32 share of the weights, the values their moments.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return {"parameters": weights, "optimizer_states": list(states) + moments}

@@ -581,7 +581,7 @@ def save_checkpoint(engine, mark, args):
 def model_states(engine):
     # ZeRO-3: of each weight this rank keeps a piece, ds_tensor; the weight itself is empty until its layer runs.
     weights = [weight.ds_tensor for weight in engine.parameters()]
-    # ZeRO-3: this is the Adam inside ZeRO's: its state's keys are this rank's fp32 share of the weights.
+    # ZeRO-3: basic_optimizer is the Adam that ZeRO wraps. Its state's keys are this rank's fp32 share of the weights.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return {"parameters": weights, "optimizer_states": list(states) + moments}

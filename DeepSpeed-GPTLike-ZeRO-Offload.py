@@ -583,8 +583,8 @@ def save_checkpoint(engine, mark, args):
 def model_states(engine):
     # ZeRO-Offload: at stage 3 this rank keeps a piece of each weight, ds_tensor, at stage 2 the weight.
     weights = [getattr(weight, "ds_tensor", weight) for weight in engine.parameters()]
-    # ZeRO-Offload: this is the Adam inside ZeRO's: its state's keys are this rank's fp32 share of the weights, its
-    # values their moments. No public name of DeepSpeed's leads to them at all stages.
+    # ZeRO-Offload: basic_optimizer is the Adam that ZeRO wraps: the one name that leads to it at all stages.
+    # Its state's keys are this rank's fp32 share of the weights, the values their moments.
     states = engine.basic_optimizer.state
     moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
     return {"parameters": weights, "optimizer_states": list(states) + moments}

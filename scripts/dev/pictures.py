@@ -4,8 +4,10 @@
     python scripts/dev/pictures.py --runs RUN RUN ...   first take these runs' losses into docs/pictures/losses.json
 
 stages    bytes of model states that a rank keeps at two ranks, as plan_memory.py computes them
-losses    losses.json
-run       run.txt, what a run printed, as a terminal shows it
+losses    losses.json, of runs of the six scripts with --dataset DIR --tokenizer bpe:1024 --n_layer 2 --n_head 4
+          --d_model 128 --block_size 64 --dropout 0 --precision fp32 --max_steps 100 --warmup_steps 20 --log_interval 1
+          --save_interval 0 --eval_interval 0, Base with --batch_size 16, the others on two ranks with 8
+run       run.txt, what that command printed, without the lines of the launcher, DeepSpeed and PyTorch
 
 Each SVG carries its data as the description in its metadata, by which tests/unit/test_pictures.py knows it.
 """
@@ -110,6 +112,9 @@ def main():
         }
         (FOLDER / "losses.json").write_text(json.dumps(found) + "\n")
     draw_all(FOLDER)
+    base, *others = losses().values()
+    apart = max(abs(curve[step] - base[step]) for curve in others for step in base)
+    print(f"drew {FOLDER}; {len(base)} steps, no loss is more than {apart:.1e} from the first run's")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ def read_plan(path, config, args):
         zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
         enabled = [name for name in ("bf16", "fp16") if config.get(name, {"enabled": not config}).get("enabled")]
         optimizer = str(config.get("optimizer", {}).get("type", "AdamW"))
+        batch_size = args.batch_size or config.get("train_micro_batch_size_per_gpu", "auto")
+        accumulation = args.gradient_accumulation_steps or config.get("gradient_accumulation_steps", "auto")
+        batches = int(8 if batch_size == "auto" else batch_size), int(1 if accumulation == "auto" else accumulation)
     except (ValueError, TypeError, AttributeError) as error:
         raise ToolError(f"{path}: {error}") from error
     if optimizer.lower() not in ("adam", "adamw"):
@@ -79,11 +82,8 @@ def read_plan(path, config, args):
     places = [str((part and part.device) or "none") for part in (zero.offload_optimizer, zero.offload_param)]
     if zero.stage < 3 and (places[0] == "nvme" or places[1] != "none"):
         raise ToolError(f"{path}: parameters, and anything to NVMe, are offloaded at stage 3 only")
-    batch_size = args.batch_size or config.get("train_micro_batch_size_per_gpu", "auto")
-    accumulation = args.gradient_accumulation_steps or config.get("gradient_accumulation_steps", "auto")
     name = f"ZeRO-{int(zero.stage)}, {Path(path).name}" if config else "no ZeRO (DDP)"
     width = WIDTH[args.precision or (enabled or ["fp32"])[0]]
-    batches = 8 if batch_size == "auto" else batch_size, 1 if accumulation == "auto" else accumulation
     return Plan(name, int(zero.stage), *places, *batches, width, args.dropout, zero)
 
 
@@ -276,7 +276,7 @@ def parse_args():
     add("--link_gb_s", type=float, help="10**9 bytes a second that a rank can send: says what a step sends, too")
     add("--measure", choices=common.SCRIPTS, metavar="SCRIPT.py", help="train with it instead, and print what was held")
     args = parser.parse_args()
-    for name, value in vars(args).items():
+    for name, value in [*vars(args).items(), ("gpus", min(args.gpus))]:
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in ("dropout", "reserve_gib")):
             parser.error(f"--{name} {value} must be above 0")
     args.ranks_per_host = min(args.ranks_per_host, args.ranks)

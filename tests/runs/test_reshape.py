@@ -16,6 +16,7 @@ TOOL = str(ROOT / "scripts" / "tools" / "reshape_checkpoint.py")
 @pytest.mark.parametrize(
     ("script", "ranks", "words"),
     [
+        (ZERO2, 2, ("--world_size", "1")),
         (ZERO3, 1, ("--world_size", "2")),
         (ZERO2, 2, ("--world_size", "1", "--stage", "3")),
     ],

@@ -133,6 +133,8 @@ def test_a_measured_run_is_as_planned():
     ("words", "code", "message"),
     [
         ("--n_layer 0", 2, "--n_layer 0 must be above 0"),
+        ("--gpus 24 -1", 2, "--gpus -1.0 must be above 0"),
+        ('{"train_micro_batch_size_per_gpu": "many"}', 1, "invalid literal for int() with base 10: 'many'"),
         ("--gpus x", 2, "argument --gpus: invalid float value: 'x'"),
         ("--dropout -1", 2, "--dropout -1.0 must be above 0"),
         ("--d_model 100", 2, "--d_model 100 is not a multiple of --n_head 12"),
