@@ -1,9 +1,10 @@
 """The kill drill: SIGKILL takes a rank at a random moment, and the same command is given again until the run is done.
 
 Each script first trains undisturbed. Then it trains again and loses a rank N times: while it starts, in the midst of
-its steps, or while a checkpoint is being written. Checked is that the launcher ends by itself and that in the end the
-weights in model/ and all losses are those of the undisturbed run: byte for byte, and for ZeRO-Offload within 1e-6
-(DeepSpeedCPUAdam takes its powers of beta anew after a load). Exit code 0: all so; 1: not so.
+its steps, or while a checkpoint is being written. A run that is done before all N begins anew. Checked is that the
+launcher ends by itself and that in the end the weights in model/ and all losses are those of the undisturbed run: byte
+for byte, and for ZeRO-Offload within 1e-6 (DeepSpeedCPUAdam takes its powers of beta anew after a load). Exit code 0:
+all so; 1: not so.
 
     python scripts/dev/drill.py --kills 5 --scripts ZeRO-2 ZeRO-3
 """
@@ -11,6 +12,7 @@ weights in model/ and all losses are those of the undisturbed run: byte for byte
 import argparse
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,8 +83,9 @@ def kill_one(name: str, output: Path, steps: int, dice: random.Random) -> str:
     launcher = start(name, output, steps)
     wait_for(moment, output, launcher, dice)
     try:
-        victims = ranks_of(launcher, name)
-        if launcher.poll() is None and victims:
+        while launcher.poll() is None and not (victims := ranks_of(launcher, name)):
+            time.sleep(0.01)  # torchrun has not started them yet
+        if launcher.poll() is None:
             os.kill(dice.choice(victims).pid, signal.SIGKILL)
         launcher.wait(PATIENCE_S)
     except (psutil.NoSuchProcess, ProcessLookupError):
@@ -116,8 +119,9 @@ def drill(name: str, kills: int, steps: int, folder: Path, dice: random.Random) 
     while len(moments) < kills:
         moment = kill_one(name, killed, steps, dice)
         moments += [moment] if moment else []
-        if not moment:
-            break  # it finished before the dice said so
+        if not moment:  # it finished before the dice said so: the next kills hit a run from its beginning
+            compare(name, calm, killed)
+            shutil.rmtree(killed)
     if start(name, killed, steps).wait() != 0:
         raise ToolError(f"{name} does not go on after its kills: see {killed}.log")
     counts = [moments.count(moment) for moment in ("starting", "training", "saving")]
