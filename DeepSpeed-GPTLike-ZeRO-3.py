@@ -19,6 +19,7 @@ import difflib
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import json
 import math
@@ -114,7 +115,6 @@ def parse_args(words=None):
 
 def run(main):
     """Call main, but what a user can mend ends in one line and exit code 1."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the user; torch would trip over it
     try:
         main()
         os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
@@ -329,11 +329,11 @@ def write_json(path, value):
 
 
 def show_start(corpus, args):
-    visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
-    log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
-    places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
+    log(f"{sys.argv[0]}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    for place in gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
+        log(f"  a rank on {place}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
-    log("\n".join(f"  a rank on {place}" for place in places))
     log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {args.n_params:,}")
 
 
@@ -405,11 +405,10 @@ def show_ledger(kinds, args):
 
 
 def claim_output(args):
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    """Lock --output_dir as long as this process lives. Refuse a run there, or delete it, as flags say."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with explain(f"cannot lock {output}", "Wait for the run that holds it, or choose another --output_dir"):
-        # The descriptor stays open on purpose: the lock goes with it.
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     holds_run = (output / "args.json").exists()
     if holds_run and args.overwrite:
@@ -438,11 +437,11 @@ def start_distributed(args):
     """Join all ranks at MASTER_ADDR:MASTER_PORT, each with its GPU or with its share of the host's cores."""
     if "RANK" not in os.environ:  # plain `python SCRIPT.py`: one rank, at any free port
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     deepspeed.utils.set_log_level_from_string("warning")
     where = os.path.expandvars("RANK=$RANK WORLD_SIZE=$WORLD_SIZE MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT")
     with explain(f"cannot join the other ranks, {where}", "Were all hosts started? Ask scripts/tools/network_check.py"):
-        args.rank, args.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        args.rank = int(os.environ["RANK"])
+        args.local_rank = int(os.environ.setdefault("LOCAL_RANK", str(args.local_rank)))
         args.device, args.device_name = "cpu", "CPU"
         if torch.cuda.is_available():
             args.device, args.device_name = f"cuda:{args.local_rank}", torch.cuda.get_device_name(args.local_rank)
@@ -450,6 +449,10 @@ def start_distributed(args):
         elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
+        if args.local_rank == 0:  # PyTorch would wait for the lock of a run that was killed while it loaded a C++ op
+            locks = set(glob.glob(f"{Path('~/.cache/torch_extensions').expanduser().resolve()}/*/*/lock"))
+            for lock in locks.difference(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*")))):
+                Path(lock).unlink(missing_ok=True)
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
     args.world_size = dist.get_world_size()
 
@@ -462,9 +465,8 @@ TOP_LEVEL_KEYS = """train_batch_size train_micro_batch_size_per_gpu gradient_acc
     flops_profiler comms_logger tensorboard wandb csv_monitor comet compile compression_training data_efficiency
     elasticity autotuning tensor_parallel timers log_level disable_python_gc""".split()
 ADAMW = {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-AUTO = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
-AUTO |= {"reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 10_000_000, "warmup_min_lr": 0}
-AUTO |= {"stage3_param_persistence_threshold": 100_000}
+AUTO = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "reduce_bucket_size": 5_000_000}
+AUTO |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_param_persistence_threshold": 100_000, "warmup_min_lr": 0}
 
 
 def replace_auto(section, numbers):
@@ -494,7 +496,7 @@ def load_ds_config(args):
         optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": ADAMW})
         params = optimizer["params"] = {"lr": ADAMW["lr"], "weight_decay": 0.0} | optimizer.get("params", {})
         params |= {name: getattr(args, name) for name in ("lr", "weight_decay") if getattr(args, name) is not None}
-        replace_auto(config, ADAMW | AUTO | {"warmup_num_steps": args.warmup_steps})
+        replace_auto(config, ADAMW | AUTO | {"gradient_clipping": 1.0, "warmup_num_steps": args.warmup_steps})
         settled = deepspeed.DeepSpeedConfig(config)  # knows the keys of sections, and the arithmetic of batches
     for key in config.keys() - TOP_LEVEL_KEYS:  # DeepSpeed would ignore it
         raise UserError(f"{source}: unknown key {key}; close: {difflib.get_close_matches(key, TOP_LEVEL_KEYS)}")
@@ -510,8 +512,6 @@ def load_ds_config(args):
     args.gradient_accumulation_steps = settled.gradient_accumulation_steps
     args.lr, args.weight_decay = params["lr"], params["weight_decay"]
     args.precision = "bf16" if settled.bfloat16_config.enabled else "fp16" if settled.float16_config.enabled else "fp32"
-    if optimizer["type"].lower() == "adagrad" and zero.stage < 3:
-        raise UserError(f"{source}: DeepSpeed's stages 1 and 2 lose a second parameter group of Adagrad")
     if optimizer["type"].lower() in ("adam", "adamw") and not (offloads and shutil.which("c++")):
         # PyTorch's: DeepSpeed's own needs nvcc, and for offloading, where it is the faster one, a C++ compiler.
         params |= {"torch_adam": True, "fused": True}

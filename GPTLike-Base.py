@@ -106,7 +106,6 @@ def parse_args(words=None):
 
 def run(main):
     """Call main, but what a user can mend ends in one line and exit code 1."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the user; torch would trip over it
     try:
         main()
         os._exit(0)  # all is written; gloo's threads can abort an interpreter that takes its time to end
@@ -321,11 +320,11 @@ def write_json(path, value):
 
 
 def show_start(corpus, args):
-    visible, script = os.environ.get("CUDA_VISIBLE_DEVICES", "all"), Path(__file__).name
-    log(f"{script}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
-    places = gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}")
+    log(f"{sys.argv[0]}: ZeRO stage {args.zero_stage}, world size {args.world_size}, precision {args.precision}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    for place in gather(f"{socket.gethostname()}: {args.device_name}, {args.device} of CUDA_VISIBLE_DEVICES {visible}"):
+        log(f"  a rank on {place}")
     tokens = [f"{split} {len(stream):,}" for split, stream in corpus.streams.items()]
-    log("\n".join(f"  a rank on {place}" for place in places))
     log(f"{args.dataset}: tokens {', '.join(tokens)}, vocabulary {corpus.vocab_size:,}; parameters {args.n_params:,}")
 
 
@@ -397,11 +396,10 @@ def show_ledger(kinds, args):
 
 
 def claim_output(args):
-    """Lock --output_dir until this process ends, however it ends. Refuse a run there, or delete it, as flags say."""
+    """Lock --output_dir as long as this process lives. Refuse a run there, or delete it, as flags say."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with explain(f"cannot lock {output}", "Wait for the run that holds it, or choose another --output_dir"):
-        # The descriptor stays open on purpose: the lock goes with it.
         fcntl.lockf(os.open(output / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     holds_run = (output / "args.json").exists()
     if holds_run and args.overwrite:
