@@ -4,7 +4,6 @@ And scripts/tools/generate.py on what it has exported.
 """
 
 import argparse
-import io
 import json
 import shutil
 import sys
@@ -60,11 +59,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(tool: object, *words: object, given: bytes = b"") -> int | str:
+def call(tool: object, *words: object) -> int | str:
     """The tool's main(): 0, or what it hands to sys.exit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [f"{tool.__name__}.py", *map(str, words)])
-        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
         try:
             tool.main()
         except SystemExit as stop:
@@ -185,32 +183,21 @@ def test_the_same_seed_gives_the_same_text_and_never_padding(exported, capsys):
     assert texts[0].startswith("of the value") and len(texts[0]) > len("of the value\n")
 
 
-def test_each_line_of_standard_input_is_a_prompt(exported, capsys):
-    flags = [exported, "--max_new_tokens", 5, "--temperature", 0]
-    alone = []
-    for prompt in ("of the value", "a naïve"):
-        assert call(generate, *flags, "--prompt", prompt) == 0
-        alone.append(capsys.readouterr().out)
-    assert call(generate, *flags, given="of the value\n\n  \na naïve\r\n".encode()) == 0
-    assert capsys.readouterr().out == "\n".join(alone)
-
-
 @pytest.mark.parametrize(
-    ("words", "given", "said"),
+    ("words", "said"),
     [
-        (["RUN", "--prompt", "of"], b"", "RUN is no exported model: run scripts/tools/export_hf.py RUN RUN first"),
-        (["OUT", "--prompt", "of", "--max_new_tokens", "31"], b"", "of the model's 32 positions 'of' leaves 30"),
-        (["OUT"], b"\n \n", "standard input has no prompt: write one a line, or --prompt"),
-        (["OUT"], b"caf\xe9\n", "'utf-8' codec can't decode byte 0xe9"),
-        (["OUT", "--prompt", ""], b"", 2),
-        (["OUT", "--prompt", "of", "--temperature", "-1"], b"", 2),
-        (["OUT", "--prompt", "of", "--top_p", "nan"], b"", 2),
-        (["OUT", "--pro", "of"], b"", 2),
+        (["RUN", "--prompt", "of"], "RUN is no exported model: run scripts/tools/export_hf.py RUN RUN first"),
+        (["OUT", "--prompt", "of", "--max_new_tokens", "31"], "of the model's 32 positions 'of' leaves 30"),
+        (["OUT"], 2),
+        (["OUT", "--prompt", ""], 2),
+        (["OUT", "--prompt", "of", "--temperature", "-1"], 2),
+        (["OUT", "--prompt", "of", "--temperature", "nan"], 2),
+        (["OUT", "--pro", "of"], 2),
     ],
 )
-def test_generate_refuses(run, exported, words, given, said):
+def test_generate_refuses(run, exported, words, said):
     folders = {"RUN": run, "OUT": exported}
-    found = call(generate, *[folders.get(word, word) for word in words], given=given)
+    found = call(generate, *[folders.get(word, word) for word in words])
     if said == 2:
         assert found == 2
     else:
