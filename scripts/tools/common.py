@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (  # in teaching order
@@ -26,7 +27,7 @@ class ToolError(Exception):
     """Something that the user can mend."""
 
 
-def exit_with(error: Exception) -> None:
+def exit_with(error: Exception | str) -> NoReturn:
     """One message for the user and exit code 1."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 

@@ -9,43 +9,32 @@ Run: python scripts/tools/compile_ops.py     exit 0: ready, or nothing to compil
 
 import argparse
 import os
-import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from common import exit_with
 from torch.utils import cpp_extension
 
-FIRST_ERROR = re.compile(r"^.*\b(?:fatal )?error:.*$", re.MULTILINE)
-
-
-def explain(error: Exception) -> str:
-    """The compiler's first error out of a log of hundreds of lines."""
-    found = FIRST_ERROR.search(str(error))
-    return found[0].strip() if found else (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def announce_wait(lock: Path) -> None:
-    """PyTorch waits, in silence and for ever, for whoever made the lock: perhaps a process that was killed."""
-    if lock.exists():
-        print(f"  waiting for another process that compiles. If there is none, delete {lock}", flush=True)
+CURE = "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install g++ python3-dev"
 
 
 def compile_op(name: str) -> None:
+    """Where it does not build, the end, with the compiler's first error out of a log of hundreds of lines."""
     from deepspeed.accelerator import get_accelerator
 
     start = time.perf_counter()
     try:
         builder = get_accelerator().create_op_builder(name)
-        announce_wait(Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock"))
+        lock = Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock")
+        if lock.exists():  # PyTorch waits, in silence and for ever, for its maker: perhaps a process that was killed
+            print(f"  waiting for another process that compiles. If there is none, delete {lock}", flush=True)
         builder.load(verbose=False)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(
-            f"compile_ops.py: error: DeepSpeed's {name} does not build: {explain(error)}\n"
-            "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install g++ python3-dev"
-        )
+        lines = (str(error).strip() or repr(error)).splitlines()
+        first = next((line for line in lines if "error:" in line), lines[0])
+        exit_with(f"DeepSpeed's {name} does not build: {first.strip()}\n{CURE}")
     print(f"  {name.removesuffix('Builder')}: ready after {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -53,10 +42,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu and not cpp_extension.CUDA_HOME:
-        print(
-            "no nvcc: DeepSpeed's AdamW of ZeRO-Offload is skipped, which no other script needs. To have it, "
-            f"install the CUDA toolkit {torch.version.cuda}"
-        )
+        print("no nvcc: DeepSpeed's AdamW of ZeRO-Offload is skipped, which no other script needs.")
+        print(f"To have it, install the CUDA toolkit {torch.version.cuda}")
         return
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")  # or DeepSpeed warns that it found no GPU
     print("DeepSpeed's C++ ops, compiled once per machine in a minute or two:", flush=True)
