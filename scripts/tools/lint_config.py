@@ -16,27 +16,15 @@ from pathlib import Path
 from types import ModuleType
 
 from common import SCRIPTS, cpu_default, load_script, right_script
+from plan_memory import Model
 
 cpu_default()
 import hjson  # noqa: E402
 
-STAGES_OF = {  # where a key of zero_optimization has an effect, in deepspeed 0.19
-    "allgather_bucket_size": (1, 2),
-    "allgather_partitions": (1, 2),
-    "round_robin_gradients": (1, 2),
-    "sub_group_size": (3,),
-    "leaf_module": (3,),
-    "zero_hpz_partition_size": (3,),
-    "mics_shard_size": (3,),
-}
-BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-Row = tuple[str, str]  # verdict, message
-
-
-def parameters_of(args: argparse.Namespace) -> int:
-    """P of the scripts' model: embeddings, blocks and norms; the head is tied."""
-    rows, width = -(-args.vocab_size // 64) * 64, args.d_model
-    return (rows + args.block_size) * width + args.n_layer * (12 * width**2 + 13 * width) + 2 * width
+# Keys of zero_optimization that have an effect at these stages only, in deepspeed 0.19.
+ONLY_1_AND_2 = ("allgather_bucket_size", "allgather_partitions", "round_robin_gradients")
+ONLY_3 = ("sub_group_size", "leaf_module", "zero_hpz_partition_size", "mics_shard_size")
+BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def leaves(section: dict, path: str = "") -> Iterator[tuple[str, object]]:
@@ -56,43 +44,39 @@ def script_for(path: str) -> ModuleType:
     return load_script(name if name in SCRIPTS[1:] else SCRIPTS[1])
 
 
-def lint(path: str, flags: argparse.Namespace) -> list[Row]:
-    script = script_for(path)
+def lint(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """A verdict and a message for each finding."""
+    script, said = script_for(path), io.StringIO()
     args = script.parse_args(["--ds_config", path])
     args.world_size = flags.world_size
-    said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
             config = script.load_ds_config(args)
     except script.UserError as error:
-        return [("FAIL", str(error).removeprefix(f"--ds_config {path}").lstrip(": "))]
+        yield "FAIL", str(error).removeprefix(f"--ds_config {path}").lstrip(": ")
+        return
     zero = config["zero_optimization"]
-    rows = [("ok", f"for {Path(script.__file__).name}, stage {zero['stage']}, precision {args.precision}")]
-    rows += [("ok", line.removeprefix(f"{path}: ")) for line in said.getvalue().splitlines() if "auto" in line]
-    rows += [
-        ("warn", f'{name} stays "auto", which means DeepSpeed\'s default here')
-        for name, v in leaves(config)
-        if v == "auto"
-    ]
+    stage = zero["stage"]
+    yield "ok", f"for {Path(script.__file__).name}, stage {stage}, precision {args.precision}"
+    for line in said.getvalue().splitlines():
+        if "auto" in line:
+            yield "ok", line.removeprefix(f"{path}: ")
+    for name, value in leaves(config):
+        if value == "auto":
+            yield "warn", f'{name} stays "auto", which means DeepSpeed\'s default here'
     for key in zero:
-        stages = STAGES_OF.get(key, (3,) if key.startswith("stage3_") else (1, 2, 3))
-        if zero["stage"] not in stages:
-            rows.append(("warn", f"zero_optimization.{key} does nothing at stage {zero['stage']}"))
-    parameters = flags.parameters or parameters_of(argparse.Namespace(**vars(args), vocab_size=flags.vocab_size))
-    for key in BUCKETS:
-        size = zero.get(key, 500_000_000 if key == "reduce_bucket_size" else 0)
+        for_3 = key in ONLY_3 or key.startswith("stage3_")
+        if (stage == 3 and key in ONLY_1_AND_2) or (stage != 3 and for_3):
+            yield "warn", f"zero_optimization.{key} does nothing at stage {stage}"
+    rows = -(-flags.vocab_size // 64) * 64
+    model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, rows)
+    parameters = flags.parameters or model.parameters
+    for key, default in BUCKETS.items():
+        size = zero.get(key, default)
         if isinstance(size, int | float) and size > parameters:
-            rows.append(
-                ("warn", f"{key} of {size:,.0f} elements is larger than the model's {parameters:,.0f} parameters")
-            )
-    batch = args.batch_size * args.gradient_accumulation_steps * flags.world_size
-    rows.append(
-        (
-            "ok",
-            f"{args.batch_size} x {args.gradient_accumulation_steps} x {flags.world_size} ranks = {batch} sequences",
-        )
-    )
-    return rows
+            yield "warn", f"{key} of {size:,.0f} elements is larger than the model's {parameters:,.0f} parameters"
+    micro, accumulation, ranks = args.batch_size, args.gradient_accumulation_steps, flags.world_size
+    yield "ok", f"{micro} x {accumulation} x {ranks} ranks = {micro * accumulation * ranks} sequences"
 
 
 def main() -> int:
