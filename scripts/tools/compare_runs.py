@@ -1,21 +1,17 @@
 """Training runs side by side: a table, the bytes that rank 0 held, and a picture of the losses.
 
-Run:
-    python scripts/tools/compare_runs.py runs/DeepSpeed-GPTLike-ZeRO-2
     python scripts/tools/compare_runs.py runs/* --output runs/comparison
 
-Reads what a run leaves in its --output_dir. A run that still trains, or was cut off, is shown as far as it went; a dash
-stands for what it has not recorded. "per word" is the perplexity of the best validation. tokens/s is the median of the
-run's lines without the first, which pays for the start, and counts all ranks together. MFU, the share of the cards'
-16-bit peak, is shown for cards whose peak is known here, and not in fp32. peak GiB is rank 0's. With
---output it writes loss.png there: train loss as lines, validation loss as hollow marks.
-To watch a run while it trains, let its JSON write TensorBoard's files: docs/monitoring.md.
+A run that still trains, or was cut off, is shown as far as it went; a dash stands for what it has not recorded.
+"per word" is the perplexity of the best validation. tokens/s is the median of the run's lines without the first, which
+pays for the start, and counts all ranks together. MFU, the share of the cards' 16-bit peak, is shown for cards whose
+peak is known here, and not in fp32. peak GiB is rank 0's. To watch a run while it trains: docs/monitoring.md.
 Exit code 0: fine, 1: a folder holds no readable run, 2: wrong usage.
 """
 
-import argparse
 import math
 import statistics
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,33 +41,21 @@ class Run(NamedTuple):
         return values
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Raises ToolError that names the file, if one that has to be there is missing, or one is damaged."""
-    metrics = read_metrics(folder)
-    summary_path = folder / "summary.json"
-    summary = read_json(summary_path) if summary_path.exists() else {}
-    return Run(name, folder, read_json(folder / "args.json"), metrics, summary)
+def read_run(folder: Path, names: list[str]) -> Run:
+    """Named by its folder, or by the whole path where names, those of all folders, have that name twice.
 
-
-def read_runs(folders: list[Path]) -> list[Run]:
-    """Named by their folders; by the whole path where two have one name."""
-    names = [folder.resolve().name for folder in folders]
-    return [
-        read_run(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    Raises ToolError that names the file, if one that has to be there is missing, or one is damaged.
+    """
+    name, path = folder.resolve().name, folder / "summary.json"
+    summary = read_json(path) if path.exists() else {}
+    name = name if names.count(name) == 1 else str(folder)
+    return Run(name, folder, read_json(folder / "args.json"), read_metrics(folder), summary)
 
 
 def script_name(folder: Path) -> str:
     """The run's own copy of its script; the newest, if the folder was used for several."""
     copies = sorted(folder.glob("*.py"), key=lambda path: path.stat().st_mtime)
     return copies[-1].stem.replace("DeepSpeed-", "").replace("GPTLike-", "") if copies else "-"
-
-
-def steps_cell(run: Run) -> str:
-    done, planned = max(run.metrics, default=0), run.args.get("max_steps")
-    finished = run.summary.get("steps") == planned
-    return f"{done}" if finished else f"{done} of {planned}, unfinished"
 
 
 def cell(value: float | None, form: str) -> str:
@@ -84,12 +68,13 @@ def row(run: Run) -> list[object]:
     validation = {step: loss for step, loss in run.series("validation_loss").items() if math.isfinite(loss)}
     best_step = min(validation, key=validation.get, default=None)
     rate = statistics.median(rates[1:] or rates) if rates else None
+    done, planned = max(run.metrics, default=0), run.args.get("max_steps")
     return [
         run.name,
         script_name(run.folder),
         run.args.get("zero_stage", "-"),
         run.args.get("world_size", "-"),
-        steps_cell(run),
+        f"{done}" if run.summary.get("steps") == planned else f"{done} of {planned}, unfinished",
         cell(losses[max(losses)] if losses else None, ".4f"),
         cell(validation.get(best_step), ".4f"),
         "-" if best_step is None else best_step,
@@ -126,24 +111,21 @@ def draw_losses(runs: list[Run], path: Path) -> None:
             color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
             train, validation = run.series("loss"), run.series("validation_loss")
             axes.plot(list(train), list(train.values()), color=color, label=run.name)
-            hollow = {"linestyle": "", "marker": marker, "markersize": 10, "fillstyle": "none"}
-            axes.plot(list(validation), list(validation.values()), color=color, **hollow)
+            axes.plot(list(validation), list(validation.values()), marker, color=color, markersize=10, fillstyle="none")
         axes.set(xlabel="optimizer step", ylabel="loss, nats per token (hollow: validation)")
         axes.grid(alpha=0.4)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         figure.savefig(path, dpi=150, transparent=True)
-        pyplot.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="--output_dir of a training run")
     parser.add_argument("--output", type=Path, help="folder for loss.png; left out: none is drawn")
     args = parser.parse_args()
     try:
-        runs = read_runs(args.runs)
+        names = [folder.resolve().name for folder in args.runs]
+        runs = [read_run(folder, names) for folder in args.runs]
         print(table(HEADS, [row(run) for run in runs]))
         ledger = [line for run in runs for line in ledger_rows(run)]
         if ledger:
