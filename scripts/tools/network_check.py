@@ -4,12 +4,8 @@ Start it on every host, here on the first of two. It names the hosts that do not
 
     python scripts/tools/network_check.py --nnodes=2 --node_rank=0 --master_addr=172.25.0.100 --master_port=29500
 
-or with the command of the run, this file in the place of the script, for all ranks of all hosts. torchrun itself waits
-for every host first, and where one is missing it ends in a stack trace that names none:
-
-    torchrun --nnodes=2 --nproc_per_node=1 --node_rank=0 --master_addr=172.25.0.100 --master_port=29500 \\
-        scripts/tools/network_check.py
-
+or for all ranks of all hosts with the command of the run, this file in the place of the script. But torchrun waits for
+every host itself, and where one is missing it ends in a stack trace that names none.
 Rank 0 prints a row for each rank. Exit code 0: all have met, versions that differ are a warning; 1: they have not.
 """
 
@@ -28,7 +24,9 @@ from importlib import metadata
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the store prints C++ stacks; what is wrong is said here
 import torch
 import torch.distributed as dist
+from common import table
 
+ON_GPU = torch.cuda.is_available()
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 VERSIONS = ("Python", "torch", "deepspeed", "transformers")
 CAUSES = """Usual causes, the likeliest first:
@@ -89,7 +87,7 @@ def way_to(address: str) -> str:
 
 def describe(args: argparse.Namespace) -> dict[str, str]:
     """What can differ between hosts."""
-    chosen = os.environ.get("NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME")
+    chosen = os.environ.get("NCCL_SOCKET_IFNAME" if ON_GPU else "GLOO_SOCKET_IFNAME")
     way = way_to(args.master_addr) + (f" (chosen: {chosen})" if chosen else "")
     facts = {"host": socket.gethostname(), "interface": way, "Python": platform.python_version()}
     for name in VERSIONS[1:]:
@@ -97,7 +95,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             facts[name] = "none"
-    return facts | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+    return facts | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
 
 
 def open_store(args: argparse.Namespace) -> dist.Store:
@@ -107,18 +105,14 @@ def open_store(args: argparse.Namespace) -> dist.Store:
     try:
         return dist.TCPStore(args.master_addr, args.master_port, None, serves, seconds, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
-        verb = "cannot listen at" if serves else "does not reach"
-        fail(
-            f"rank {args.rank} on {socket.gethostname()} {verb} {args.master_addr}:{args.master_port} "
-            f"within {args.timeout} s: {first_line(error)}"
-        )
+        rank = f"rank {args.rank} on {socket.gethostname()} {'cannot listen at' if serves else 'does not reach'}"
+        fail(f"{rank} {args.place} within {args.timeout} s: {first_line(error)}")
 
 
 def roll_call(store: dist.Store, args: argparse.Namespace) -> list[dict]:
     """Each rank's description. Ends with the names of the ranks that do not come in time."""
-    where = f"{args.master_addr}:{args.master_port}"
     if store.add(f"network_check/taken/{args.rank}", 1) > 1:
-        fail(f"rank {args.rank} came twice to {where}, now from {socket.gethostname()}")
+        fail(f"rank {args.rank} came twice to {args.place}, now from {socket.gethostname()}")
     store.set(f"network_check/{args.rank}", json.dumps(describe(args)))
     keys = [f"network_check/{other}" for other in range(args.world_size)]
     try:
@@ -131,16 +125,16 @@ def roll_call(store: dist.Store, args: argparse.Namespace) -> list[dict]:
                 if store.check([key]):
                     here[rank] = json.loads(store.get(key))["host"]
             except RuntimeError as error:  # rank 0 has ended, and the store with it
-                fail(f"rank 0 at {where} is gone: {first_line(error)}")
+                fail(f"rank 0 at {args.place} is gone: {first_line(error)}")
         time.sleep(2 if args.rank == 0 else 0)  # the others ask, too
         missing = ", ".join(str(rank) for rank in range(args.world_size) if rank not in here)
         present = ", ".join(f"{rank} on {host}" for rank, host in here.items())
-        fail(f"rank {missing} did not come to {where} within {args.timeout} s; there are rank {present}")
+        fail(f"rank {missing} did not come to {args.place} within {args.timeout} s; there are rank {present}")
 
 
 def time_all_reduce(mib: int) -> float:
     """Seconds of one all-reduce, the best of five."""
-    tensor = torch.zeros(mib * 2**18, device="cuda" if torch.cuda.is_available() else "cpu")
+    tensor = torch.zeros(mib * 2**18, device="cuda" if ON_GPU else "cpu")
     best = float("inf")
     for _ in range(5):
         dist.barrier()
@@ -152,30 +146,24 @@ def time_all_reduce(mib: int) -> float:
 
 
 def show(rows: list[dict], backend: str, best: float, args: argparse.Namespace) -> None:
-    heads = ["rank", *rows[0]]
-    cells = [heads] + [[str(rank), *row.values()] for rank, row in enumerate(rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(["rank", *rows[0]], [[str(rank), *row.values()] for rank, row in enumerate(rows)]))
     for name in VERSIONS:
         found = {row["host"]: row[name] for row in rows}
         if len({row[name] for row in rows}) > 1:
             print(f"warn: {name} differs: {found}. Install the same on all hosts")
     sent = 2 * (args.world_size - 1) / args.world_size * args.mib * 2**20  # by each rank of a ring
-    print(
-        f"ok: {args.world_size} ranks met at {args.master_addr}:{args.master_port} by {backend}; all-reduce of "
-        f"{args.mib} MiB in {best * 1000:.1f} ms, {sent / best / 1e9:.2f} GB/s by each rank",
-        flush=True,
-    )
+    speed = f"all-reduce of {args.mib} MiB in {best * 1000:.1f} ms, {sent / best / 1e9:.2f} GB/s by each rank"
+    print(f"ok: {args.world_size} ranks met at {args.place} by {backend}; {speed}", flush=True)
 
 
 def main() -> None:
     args = read_args()
-    if torch.cuda.is_available():
+    args.place = f"{args.master_addr}:{args.master_port}"
+    if ON_GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store = open_store(args)
     rows = roll_call(store, args)
-    backend, seconds = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=args.timeout)
+    backend, seconds = "nccl" if ON_GPU else "gloo", timedelta(seconds=args.timeout)
     try:
         group_store = dist.PrefixStore("network_check/group", store)
         dist.init_process_group(backend, store=group_store, rank=args.rank, world_size=args.world_size, timeout=seconds)
