@@ -3,15 +3,15 @@
     python scripts/tools/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 4
     python scripts/tools/reshape_checkpoint.py runs/DeepSpeed-GPTLike-ZeRO-2 --world_size 2 --stage 3 --output runs/new
 
-writes a new folder, RUN-4ranks or --output, with one checkpoint in DeepSpeed's own format for so many ranks, and prints
-the command that continues it. RUN stays as it is. The global batch (micro batch x accumulation x ranks) stays too, as
-the data of a step depend on it: the next loss is what it would have been in RUN. (Dropout draws by rank.)
+writes a new folder with one checkpoint in DeepSpeed's own format for so many ranks, and prints the command that
+continues it. RUN stays as it is. The global batch (micro batch x accumulation x ranks) stays too, as the data of a step
+depend on it: the next loss is what it would have been in RUN. (Dropout draws by rank.) The micro batch is the old one,
+or the next smaller one that divides.
 
 DeepSpeed's ds_to_universal makes a file of each parameter's weight, momentum and variance; as many CPU processes as the
 new run has ranks put them into engines of the new shape, and save. What was saved is converted once more, and has to be
-equal bit for bit before the folder gets its name. (DeepSpeed's own way back, load_universal, does not go from stage 2
-to 3 or back, and at stage 3 gives biases and norms the weight decay of matrices.) Memory: 16 bytes a parameter for all
-ranks together, and at stages 1 and 2 a whole model more for each. Disk: four times the checkpoint.
+equal bit for bit before the folder gets its name. (DeepSpeed's own load_universal does not change the stage.) Memory:
+16 bytes a parameter for all ranks, at stages 1 and 2 a whole model more for each. Disk: four times the checkpoint.
 
 Reshape no checkpoint of a stranger: DeepSpeed unpickles it, and a pickle can run any code.
 Exit code 0: reshaped, 1: it cannot be, nothing is written, 2: wrong usage.
@@ -29,46 +29,31 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, ToolError, exit_with, load_script, read_json, right_script
+from common import ROOT, ToolError, exit_with, launch_command, launch_environment, load_script, read_json, right_script
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # a parameter's files in a universal checkpoint
+SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")  # that each kind of Adam has in its groups
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 PLAN = "RESHAPE_PLAN"  # environment: the folder of the work that a new rank takes part in
 NOT_FLAGS = ("resume", "overwrite", "local_rank", "epochs")  # of a run, but not of the one that continues it
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", type=Path, help="--output_dir of a run of a ZeRO script")
-    parser.add_argument("--world_size", type=int, required=True, help="ranks that are to continue the run")
-    parser.add_argument("--stage", type=int, choices=[1, 2, 3], help="ZeRO stage to go on at; left out: as it is")
-    parser.add_argument("--step", type=int, help="checkpoint to take; left out: the newest one")
-    parser.add_argument("--batch_size", type=int, help="new micro batch; left out: the old one or the next smaller")
-    parser.add_argument("--output", type=Path, help="folder to write; left out: RUN-<N>ranks, beside RUN")
-    return parser
-
-
-def divide(global_batch, ranks, micro_batch, wanted):
-    """(micro batch, accumulation) that give the global batch on so many ranks. Without a wanted micro batch it is the
-    largest one that needs no more memory than the old one."""
-    share = global_batch // ranks
-    fitting = [size for size in range(1, share + 1) if share % size == 0]
+def divide(global_batch, ranks, micro_batch):
+    """(micro batch, accumulation) that give the global batch on so many ranks, with no more memory than micro_batch."""
     if global_batch % ranks:
         allowed = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
         raise ToolError(f"{global_batch} sequences a step do not divide among {ranks} ranks: take one of {allowed}")
-    if wanted and wanted not in fitting:
-        raise ToolError(f"--batch_size {wanted} does not divide the {share} sequences of a rank: take one of {fitting}")
-    micro = wanted or max(size for size in fitting if size <= micro_batch)
+    share = global_batch // ranks
+    micro = max(size for size in range(1, micro_batch + 1) if share % size == 0)
     return micro, share // micro
 
 
 def lock(run):
-    """Keep training processes out of RUN as long as the returned file is open."""
-    file = (run / ".lock").open("ab+")
+    """Keep training processes out of RUN until this process ends. The descriptor stays open on purpose."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(run / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ToolError(f"a training process is writing to {run}: stop it first, it saves before it ends") from error
-    return file
 
 
 def find_checkpoint(run, step):
@@ -111,7 +96,7 @@ def universal(checkpoint, target):
 
 def run_or_raise(words, what, **env):
     """Run a process with all GPUs hidden, and end it when this one ends. Raises ToolError with its last words."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} | env
+    env = launch_environment(False, **env)
     with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             output, _ = process.communicate()
@@ -136,8 +121,8 @@ def common_state(checkpoint):
     model = load("*mp_rank_00_model_states.pt")
     shard = load("*zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
     adam = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in adam["param_groups"]]
-    counters = {name: model[name] for name in ("global_steps", "global_samples", "skipped_steps")}
+    groups = [{name: group[name] for name in SETTINGS if name in group} for group in adam["param_groups"]]
+    counters = {name: model[name] for name in COUNTERS}
     return {"step": int(adam["state"][0]["step"]), "groups": groups, "scheduler": model["lr_scheduler"]} | counters
 
 
@@ -167,12 +152,12 @@ def fill(engine, states, common):
                 set_weight, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
             set_weight(parameter, value) if state == "fp32" else set_state(parameter, value, state)
     for group, saved in zip(engine.basic_optimizer.param_groups, common["groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name in group})  # others: another Adam's
+        group.update(saved)
     for state in engine.basic_optimizer.state.values():
         is_tensor = torch.is_tensor(state["step"])
         state["step"] = torch.full_like(state["step"], common["step"]) if is_tensor else common["step"]
     engine.lr_scheduler.load_state_dict(common["scheduler"])
-    for name in ("global_steps", "global_samples", "skipped_steps"):
+    for name in COUNTERS:
         setattr(engine, name, common[name])
 
 
@@ -193,12 +178,8 @@ def work(folder):
     script.dist.destroy_process_group()
 
 
-def compare(old, new, *facts):
-    """How many tensors two universal checkpoints hold. Raises ToolError where they, or the facts, are not the same."""
-    shared = ("lr", "initial_lr", "betas", "eps", "weight_decay")  # another Adam has settings of its own besides these
-    facts = [each | {"groups": [[group.get(name) for name in shared] for group in each["groups"]]} for each in facts]
-    if facts[0] != facts[1]:
-        raise ToolError(f"{facts[1]} is saved instead of {facts[0]}")
+def compare(old, new):
+    """How many tensors two universal checkpoints hold. Raises ToolError where they are not the same."""
     names = [sorted(path.parent.name for path in folder.glob("zero/*/exp_avg.pt")) for folder in (old, new)]
     if names[0] != names[1]:
         raise ToolError(f"the parameters differ: {set(names[0]) ^ set(names[1])}")
@@ -213,18 +194,14 @@ def make_plan(options, target):
     """All that the new ranks have to know, as JSON."""
     checkpoint, mark = find_checkpoint(options.run, options.step)
     old, args = mark["settings"], read_json(options.run / "args.json")
-    micro, accumulation = old["batch_size"], old["gradient_accumulation_steps"]
-    global_batch = micro * accumulation * old["world_size"]
-    micro, accumulation = divide(global_batch, options.world_size, micro, options.batch_size)
-    stage = options.stage or old["zero_stage"]
+    stage, ranks = options.stage or old["zero_stage"], options.world_size
+    if (stage, ranks) == (old["zero_stage"], old["world_size"]):
+        raise ToolError(f"{options.run} has stage {stage} and {ranks} ranks already")
+    global_batch = old["batch_size"] * old["gradient_accumulation_steps"] * old["world_size"]
+    micro, accumulation = divide(global_batch, ranks, old["batch_size"])
     config = new_config(options.run, old, stage)
     config |= {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
-    now = {"zero_stage": stage, "world_size": options.world_size, "batch_size": micro}
-    if all(old[name] == now[name] for name in ("zero_stage", "world_size", "batch_size")):
-        raise ToolError(
-            f"{options.run} has stage {stage}, {options.world_size} ranks, a micro batch of {micro} already"
-        )
-    now["gradient_accumulation_steps"] = accumulation
+    now = {"zero_stage": stage, "world_size": ranks, "batch_size": micro, "gradient_accumulation_steps": accumulation}
     paths = {"output_dir": str(target), "ds_config": str(target / "ds_config.json")}
     return {
         "script": right_script(config["zero_optimization"]),
@@ -237,9 +214,8 @@ def make_plan(options, target):
 
 def continue_command(plan, script):
     """The training command for the new run; flags whose default holds are left out."""
-    path, args = ROOT / plan["script"], plan["args"]
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    words = ["torchrun", "--nproc_per_node", str(args["world_size"]), str(path)]
+    args = plan["args"]
+    words = ["torchrun", "--nproc_per_node", str(args["world_size"]), os.path.relpath(ROOT / plan["script"])]
     for name, default in vars(script.parse_args([])).items():
         if name not in NOT_FLAGS and args[name] != default:
             words += [f"--{name}"] if args[name] is True else [f"--{name}", str(args[name])]
@@ -258,11 +234,12 @@ def reshape(options, target, script):
         script.write_json(folder / "plan.json", plan | {"args": args | here})
         print(f"{checkpoint}: to {args['world_size']} ranks at stage {args['zero_stage']} ...", file=sys.stderr)
         states = universal(checkpoint, folder / "states")
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
-        words += ["--nproc_per_node", str(args["world_size"]), __file__]
+        words = launch_command("scripts/tools/reshape_checkpoint.py", args["world_size"])
         run_or_raise(words, "the launch of the new ranks", **{PLAN: str(folder)})
         new = folder / "run" / "checkpoints" / checkpoint.name
-        count = compare(states, universal(new, folder / "again"), common_state(checkpoint), common_state(new))
+        if common_state(checkpoint) != common_state(new):
+            raise ToolError(f"{common_state(new)} is saved instead of {common_state(checkpoint)}")
+        count = compare(states, universal(new, folder / "again"))
         lines = (options.run / "metrics.jsonl").read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= plan["mark"]["step"]]
         (folder / "run" / "metrics.jsonl").write_text("".join(kept))
@@ -277,17 +254,22 @@ def reshape(options, target, script):
 def main():
     if PLAN in os.environ:
         return work(Path(os.environ[PLAN]))
-    parser = build_parser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="--output_dir of a run of a ZeRO script")
+    parser.add_argument("--world_size", type=int, required=True, help="ranks that are to continue the run")
+    parser.add_argument("--stage", type=int, choices=[1, 2, 3], help="ZeRO stage to go on at; left out: as it is")
+    parser.add_argument("--step", type=int, help="checkpoint to take; left out: the newest one")
+    parser.add_argument("--output", type=Path, help="folder to write; left out: RUN-<N>ranks, beside RUN")
     options = parser.parse_args()
-    if min(options.world_size, options.batch_size or 1) < 1:
-        parser.error("--world_size and --batch_size must be at least 1")
+    if options.world_size < 1:
+        parser.error("--world_size must be at least 1")
     stage = f"-zero{options.stage}" if options.stage else ""
     target = options.output or Path(f"{options.run}-{options.world_size}ranks{stage}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the cleaning up
     try:
         if target.exists():
             raise ToolError(f"{target} exists: choose another --output")
-        held = lock(options.run)  # noqa: F841  as long as this process lives
+        lock(options.run)
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         reshape(options, target, load_script("DeepSpeed-GPTLike-ZeRO-2.py"))
     except (OSError, ToolError) as error:

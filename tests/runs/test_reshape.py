@@ -42,7 +42,7 @@ def test_what_cannot_be_reshaped_is_refused(tmp_path):
     (tmp_path / "there").mkdir()
     for words, message in (
         (("--world_size", "3"), "4 sequences a step do not divide among 3 ranks: take one of [1, 2, 4]"),
-        (("--world_size", "1"), "has stage 2, 1 ranks, a micro batch of 4 already"),
+        (("--world_size", "1"), "has stage 2 and 1 ranks already"),
         (("--world_size", "2", "--step", "7"), "has no checkpoint of a ZeRO script of step 7; there are: [5, 8]"),
         (("--world_size", "2", "--output", str(tmp_path / "there")), "exists: choose another --output"),
     ):
