@@ -5,10 +5,10 @@
     python scripts/tools/plan_memory.py --measure DeepSpeed-GPTLike-ZeRO-2.py --ranks 2 --n_layer 2 --d_model 384
 
 Planning is arithmetic: no model is built. A row for each JSON of configs/, or of --ds_config, in GiB (2**30 bytes) of
-one rank. formula: model states by arXiv:1910.02054, section 3.1. DeepSpeed: its own estimators. peak: the most at once
-in a step on a GPU, buffers, activations and logits included; checkpointing: with --activation_checkpointing. host: all
-ranks of a host at the fullest moment: start (stages 0 to 2 build the model in fp32), training or saving. Left out, and
-covered by --reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. On GPUs it was not measured yet.
+one rank. formula: model states by arXiv:1910.02054, section 3.1. peak: the most at once in a step on a GPU, buffers,
+activations and logits included; checkpointing: with --activation_checkpointing. host: all ranks of a host at the
+fullest moment: start (stages 0 to 2 build the model in fp32), training or saving. Left out, and covered by
+--reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. On GPUs it was not measured yet.
 
 --measure trains three steps on the sample text with so many ranks, on this machine's GPUs or its CPU, and prints for
 each part of the third step the most bytes that rank 0's tensors took at once, beside the plan.
@@ -182,22 +182,6 @@ def host_bytes(model, plan, args):
     return max(start, offloaded(model, plan, args.ranks) * args.ranks_per_host + plan.width * model.parameters)
 
 
-def deepspeed_estimate(model, plan, args):
-    """GPU / host by DeepSpeed's own estimators, - where it has none."""
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
-
-    size = {"num_gpus_per_node": args.ranks_per_host, "num_nodes": args.ranks / args.ranks_per_host}
-    size |= {"cpu_offload": plan.optimizer == "cpu"}
-    if plan.stage < 2 or "nvme" in (plan.optimizer, plan.params):
-        return "-"
-    if plan.stage == 2:
-        host, gpu = stage_1_and_2.estimate_zero2_model_states_mem_needs(model.parameters, **size)
-    else:
-        size |= {"largest_layer_params": model.largest, "cpu_offload_params": plan.params == "cpu"}
-        host, gpu, _ = stage3.estimate_zero3_model_states_mem_needs(model.parameters, **size)
-    return f"{gib(gpu)} / {gib(host)}"
-
-
 def sent(model, plan, ranks):
     """Bytes that a rank sends in an optimizer step: by the paper, and as DeepSpeed 0.19.8 does it. That all-reduces
     gradients at stages 1 and 2 instead of scattering them, unless told otherwise; gathers at stage 3 a second time only
@@ -227,8 +211,8 @@ def show_plan(model, args):
         peaks = [max(moments(model, plan, args.ranks, checkpointing).values()) for checkpointing in (False, True)]
         sizes = *peaks, host_bytes(model, plan, args)
         verdicts = [verdict(*sizes, gpu, args) for gpu in args.gpus]
-        rows.append([plan.name, gib(states), deepspeed_estimate(model, plan, args), *map(gib, sizes), *verdicts])
-    heads = "stage", "formula", "DeepSpeed: GPU / host", "peak", "checkpointing", "host"
+        rows.append([plan.name, gib(states), *map(gib, sizes), *verdicts])
+    heads = "stage", "formula", "peak", "checkpointing", "host"
     print(f"{model.parameters:,} parameters, {args.ranks} ranks; {model}\n")
     print(common.table([*heads, *(f"{gpu:g} GiB" for gpu in args.gpus)], rows))
     if args.link_gb_s:
