@@ -18,6 +18,7 @@ import common
 import export_hf
 import generate
 
+SENTENCE = "The tower is 1,063 feet (324 m) tall,\n\n  as high as an 81 @-@ storey building – naïve café.\n"
 WORDS = ["Ġthe", "Ġvalue", "Ġof", "Ġa", "Ġfunction"]
 SHAPE = {"n_layer": 2, "n_head": 4, "d_model": 64, "block_size": 32}
 ARGS = {"tokenizer": "bpe:300", "precision": "fp32", "batch_size": 4}
@@ -95,8 +96,10 @@ def test_an_export_is_the_same_model_for_transformers(run, exported):
     tokens = torch.randint(261, (3, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (gpt2(tokens).logits - our_logits(run, tokens)).abs().max() < 1e-4
-    tokens = AutoTokenizer.from_pretrained(exported)("of the value")["input_ids"]
-    assert len(tokens) == len("of the value") and max(tokens) < 256  # a token a byte
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokens = tokenizer(SENTENCE)["input_ids"]
+    assert len(tokens) == len(SENTENCE.encode()) and max(tokens) < 256  # a token a byte
+    assert tokenizer.decode(tokens) == SENTENCE
     assert not list(exported.glob(".export*"))
 
 
@@ -120,8 +123,8 @@ def test_without_the_data_it_says_that_the_loss_was_not_compared(run, tmp_path, 
 
 
 def test_a_wrong_key_map_does_not_pass(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(export_hf.IN_BLOCK, "norm1", "ln_2")
-    monkeypatch.setitem(export_hf.IN_BLOCK, "norm2", "ln_1")
+    monkeypatch.setitem(export_hf.NAMES, "norm1", "ln_2")
+    monkeypatch.setitem(export_hf.NAMES, "norm2", "ln_1")
     message = call(export_hf, run, tmp_path / "out")
     assert message.startswith("export_hf.py: error: the export is wrong: its logits differ from the model's by ")
     assert not any((tmp_path / "out").iterdir())
