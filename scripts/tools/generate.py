@@ -7,7 +7,6 @@ Exit code 0: fine, 1: no exported model, or a prompt that leaves no room, 2: wro
 Source: https://huggingface.co/docs/transformers/main_classes/text_generation
 """
 
-import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -53,34 +52,29 @@ def load(folder: Path) -> tuple:
         raise ToolError(f"cannot read {folder}: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
-def print_text(args: Namespace) -> None:
-    """The prompt with its continuation. Raises ToolError where the prompt leaves too little room."""
-    model, tokenizer = load(args.model)
-    from transformers import TextStreamer
-
-    given, positions = tokenizer(args.prompt, return_tensors="pt").to(model.device), model.config.n_positions
-    room = max(positions - given["input_ids"].shape[1], 0)
-    if args.max_new_tokens > room:
-        left = f"of the model's {positions} positions {args.prompt!r:.40} leaves {room}"
-        raise ToolError(f"--max_new_tokens {args.max_new_tokens}: {left}")
-    how = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "do_sample": False}
-    if args.temperature > 0:
-        how |= {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
-    read = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    streamer = TextStreamer(tokenizer, **read) if sys.stdout.isatty() else None
-    torch.manual_seed(args.seed)
-    tokens = model.generate(**given, **how, streamer=streamer)
-    if streamer is None:
-        print(tokenizer.decode(tokens[0], **read))
-
-
 def main() -> None:
+    args = parse_args()
     try:
-        print_text(parse_args())
+        model, tokenizer = load(args.model)
+        from transformers import TextStreamer
+
+        given, positions = tokenizer(args.prompt, return_tensors="pt").to(model.device), model.config.n_positions
+        room = max(positions - given["input_ids"].shape[1], 0)
+        if args.max_new_tokens > room:
+            left = f"of the model's {positions} positions {args.prompt!r:.40} leaves {room}"
+            raise ToolError(f"--max_new_tokens {args.max_new_tokens}: {left}")
+        how = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "do_sample": False}
+        if args.temperature > 0:
+            how |= {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
+        read = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        streamer = TextStreamer(tokenizer, **read) if sys.stdout.isatty() else None
+        torch.manual_seed(args.seed)
+        tokens = model.generate(**given, **how, streamer=streamer)
+        if streamer is None:
+            print(tokenizer.decode(tokens[0], **read))
     except (ToolError, UnicodeError) as error:
         exit_with(error)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()
