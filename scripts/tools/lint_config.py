@@ -13,7 +13,6 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from common import SCRIPTS, cpu_default, load_script, right_script
 from plan_memory import Model
@@ -35,18 +34,14 @@ def leaves(section: dict, path: str = "") -> Iterator[tuple[str, object]]:
             yield path + key, value
 
 
-def script_for(path: str) -> ModuleType:
-    """The script whose check is asked: the one that the JSON is for, else the first with a JSON, which says so."""
+def lint(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """A verdict and a message for each finding."""
     try:
         name = right_script(hjson.loads(Path(path).read_text())["zero_optimization"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         name = ""
-    return load_script(name if name in SCRIPTS[1:] else SCRIPTS[1])
-
-
-def lint(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """A verdict and a message for each finding."""
-    script, said = script_for(path), io.StringIO()
+    script = load_script(name if name in SCRIPTS[1:] else SCRIPTS[1])  # its own check says what is wrong
+    said = io.StringIO()
     args = script.parse_args(["--ds_config", path])
     args.world_size = flags.world_size
     try:
