@@ -10,6 +10,7 @@ Exit code 0: fine, 1: a folder holds no readable run, 2: wrong usage.
 """
 
 import math
+import os
 import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -52,12 +53,6 @@ def read_run(folder: Path, names: list[str]) -> Run:
     return Run(name, folder, read_json(folder / "args.json"), read_metrics(folder), summary)
 
 
-def script_name(folder: Path) -> str:
-    """The run's own copy of its script; the newest, if the folder was used for several."""
-    copies = sorted(folder.glob("*.py"), key=lambda path: path.stat().st_mtime)
-    return copies[-1].stem.replace("DeepSpeed-", "").replace("GPTLike-", "") if copies else "-"
-
-
 def cell(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
@@ -68,10 +63,12 @@ def row(run: Run) -> list[object]:
     validation = {step: loss for step, loss in run.series("validation_loss").items() if math.isfinite(loss)}
     best_step = min(validation, key=validation.get, default=None)
     rate = statistics.median(rates[1:] or rates) if rates else None
+    copies = sorted(run.folder.glob("*.py"), key=os.path.getmtime)  # the newest, if the folder was used for several
+    script = copies[-1].stem.replace("DeepSpeed-", "").replace("GPTLike-", "") if copies else "-"
     done, planned = max(run.metrics, default=0), run.args.get("max_steps")
     return [
         run.name,
-        script_name(run.folder),
+        script,
         run.args.get("zero_stage", "-"),
         run.args.get("world_size", "-"),
         f"{done}" if run.summary.get("steps") == planned else f"{done} of {planned}, unfinished",
