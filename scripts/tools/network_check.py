@@ -10,24 +10,22 @@ Rank 0 prints a row for each rank. Exit code 0: all have met, versions that diff
 """
 
 import argparse
-import fcntl
 import json
 import os
 import platform
 import socket
-import struct
 import sys
 import time
 from datetime import timedelta
 from importlib import metadata
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else the store prints C++ stacks; what is wrong is said here
+import psutil
 import torch
 import torch.distributed as dist
 from common import table
 
 ON_GPU = torch.cuda.is_available()
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 VERSIONS = ("Python", "torch", "deepspeed", "transformers")
 CAUSES = """Usual causes, the likeliest first:
   the command was not started on every host, or with another number of hosts or a node rank given twice
@@ -73,15 +71,11 @@ def way_to(address: str) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing
             source = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                try:
-                    reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                except OSError:
-                    continue  # it has no IPv4 address
-                if socket.inet_ntoa(reply[20:24]) == source:
-                    return f"{name} {source}"
     except OSError as error:
         return f"no route ({error})"
+    for name, addresses in psutil.net_if_addrs().items():
+        if source in [found.address for found in addresses]:
+            return f"{name} {source}"
     return source
 
 
@@ -145,17 +139,6 @@ def time_all_reduce(mib: int) -> float:
     return best
 
 
-def show(rows: list[dict], backend: str, best: float, args: argparse.Namespace) -> None:
-    print(table(["rank", *rows[0]], [[str(rank), *row.values()] for rank, row in enumerate(rows)]))
-    for name in VERSIONS:
-        found = {row["host"]: row[name] for row in rows}
-        if len({row[name] for row in rows}) > 1:
-            print(f"warn: {name} differs: {found}. Install the same on all hosts")
-    sent = 2 * (args.world_size - 1) / args.world_size * args.mib * 2**20  # by each rank of a ring
-    speed = f"all-reduce of {args.mib} MiB in {best * 1000:.1f} ms, {sent / best / 1e9:.2f} GB/s by each rank"
-    print(f"ok: {args.world_size} ranks met at {args.place} by {backend}; {speed}", flush=True)
-
-
 def main() -> None:
     args = read_args()
     args.place = f"{args.master_addr}:{args.master_port}"
@@ -172,7 +155,14 @@ def main() -> None:
         host, way = socket.gethostname(), rows[args.rank]["interface"]
         fail(f"the ranks have met, but {backend} does not connect rank {args.rank} on {host} by {way}: {error}")
     if args.rank == 0:
-        show(rows, backend, best, args)
+        print(table(["rank", *rows[0]], [[str(rank), *row.values()] for rank, row in enumerate(rows)]))
+        for name in VERSIONS:
+            found = {row["host"]: row[name] for row in rows}
+            if len({row[name] for row in rows}) > 1:
+                print(f"warn: {name} differs: {found}. Install the same on all hosts")
+        sent = 2 * (args.world_size - 1) / args.world_size * args.mib * 2**20  # by each rank of a ring
+        speed = f"all-reduce of {args.mib} MiB in {best * 1000:.1f} ms, {sent / best / 1e9:.2f} GB/s by each rank"
+        print(f"ok: {args.world_size} ranks met at {args.place} by {backend}; {speed}", flush=True)
     dist.barrier()
     time.sleep(0 if args.rank else 1)  # the store ends last
     os._exit(0)  # gloo's threads can abort an interpreter that takes its time to end
