@@ -128,30 +128,28 @@ def one_rank(args: dict, path: Path, shape: object) -> Namespace:
     return Namespace(**args | place)
 
 
-def load_data(trained: Trained) -> tuple[Namespace | None, str]:
-    """The run's token streams with its own tokenizer; or None, and why not."""
-    base, tokenizer = load_script("GPTLike-Base.py"), trained.run / "model" / "tokenizer.json"
-    if tokenizer.exists():  # not before a run's first validation
-        read_json(tokenizer)
-        trained.args.tokenizer = str(tokenizer.parent)
-    try:
-        return base.load_corpus(trained.args), ""
-    except base.UserError as error:
-        return None, str(error).splitlines()[0]
-
-
-def load_tokenizer(trained: Trained, corpus: Namespace | None) -> object:
+def load_data(trained: Trained, *, evaluated: bool) -> tuple[object, Namespace | None, str]:
+    """The run's tokenizer, and its token streams with it; or None, and why not."""
     from transformers import PreTrainedTokenizerFast
 
-    path = trained.run / "model" / "tokenizer.json"
-    if not path.exists() and corpus is None:
-        raise ToolError(f"{trained.source} comes without its tokenizer: there is no {path}")
-    known = {"tokenizer_file": str(path)} if path.exists() else {"tokenizer_object": corpus.tokenizer.backend_tokenizer}
-    known |= {"clean_up_tokenization_spaces": False, "model_max_length": trained.shape["block_size"]}
-    tokenizer = PreTrainedTokenizerFast(**known)
+    base, path = load_script("GPTLike-Base.py"), trained.run / "model" / "tokenizer.json"
+    corpus, reason = None, "--skip_evaluation"
+    if path.exists():  # not before a run's first validation
+        trained.args.tokenizer = str(path.parent)
+    if evaluated:
+        try:
+            corpus = base.load_corpus(trained.args)
+        except base.UserError as error:
+            reason = str(error).splitlines()[0]
+    known = {"clean_up_tokenization_spaces": False, "model_max_length": trained.shape["block_size"]}
+    if corpus and not path.exists():
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=corpus.tokenizer.backend_tokenizer, **known)
+    else:
+        read_json(path)  # a message where it is missing or damaged
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **known)
     if END in tokenizer.get_vocab():
         tokenizer.bos_token = tokenizer.eos_token = END
-    return tokenizer
+    return tokenizer, corpus, reason
 
 
 def original_model(trained: Trained, vocab_size: int) -> nn.Module:
@@ -223,8 +221,7 @@ def export(source: Path, target: Path, dtype: str | None, *, evaluated: bool) ->
     trained = read_trained(source)
     dtype = dtype or trained.args.precision
     trained = trained._replace(weights={name: tensor.to(DTYPES[dtype]) for name, tensor in trained.weights.items()})
-    corpus, reason = load_data(trained) if evaluated else (None, "--skip_evaluation")
-    tokenizer = load_tokenizer(trained, corpus)
+    tokenizer, corpus, reason = load_data(trained, evaluated=evaluated)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export", dir=target) as name:  # nothing is replaced by what is wrong
         folder = Path(name)
