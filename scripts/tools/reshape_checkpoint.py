@@ -19,6 +19,7 @@ Exit code 0: reshaped, 1: it cannot be, nothing is written, 2: wrong usage.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import shlex
@@ -46,14 +47,6 @@ def divide(global_batch, ranks, micro_batch):
     share = global_batch // ranks
     micro = max(size for size in range(1, micro_batch + 1) if share % size == 0)
     return micro, share // micro
-
-
-def lock(run):
-    """Keep training processes out of RUN until this process ends. The descriptor stays open on purpose."""
-    try:
-        fcntl.lockf(os.open(run / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ToolError(f"a training process is writing to {run}: stop it first, it saves before it ends") from error
 
 
 def find_checkpoint(run, step):
@@ -114,12 +107,9 @@ def read_tensor(folder, name, state):
 
 def common_state(checkpoint):
     """What a checkpoint holds once: Adam's step and settings, the scheduler, DeepSpeed's counters."""
-
-    def load(pattern):
-        return torch.load(min(checkpoint.glob(pattern)), map_location="cpu", mmap=True, weights_only=False)
-
-    model = load("*mp_rank_00_model_states.pt")
-    shard = load("*zero_pp_rank_0_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+    load = functools.partial(torch.load, map_location="cpu", mmap=True, weights_only=False)
+    model = load(min(checkpoint.glob("*mp_rank_00_model_states.pt")))
+    shard = load(min(checkpoint.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")))["optimizer_state_dict"]
     adam = shard["base_optimizer_state" if "base_optimizer_state" in shard else "optimizer_state_dict"]
     groups = [{name: group[name] for name in SETTINGS if name in group} for group in adam["param_groups"]]
     counters = {name: model[name] for name in COUNTERS}
@@ -269,9 +259,12 @@ def main():
     try:
         if target.exists():
             raise ToolError(f"{target} exists: choose another --output")
-        lock(options.run)
+        lock = os.open(options.run / ".lock", os.O_CREAT | os.O_RDWR)  # stays open, and keeps training processes out
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         reshape(options, target, load_script("DeepSpeed-GPTLike-ZeRO-2.py"))
+    except BlockingIOError:
+        exit_with(f"a training process is writing to {options.run}: stop it first, it saves before it ends")
     except (OSError, ToolError) as error:
         exit_with(error)
     except KeyError as error:
