@@ -1,7 +1,5 @@
 """Runs a script and writes what its tensors took at most in each part of a step, for plan_memory.py --measure.
 
-    torchrun --nproc_per_node 2 scripts/tools/memory_peaks.py RESULT.json DeepSpeed-GPTLike-ZeRO-2.py SCRIPT_FLAGS...
-
 PyTorch's hooks say where a part begins. On a GPU its allocator counts, on a CPU the profiler does. RESULT.json has the
 bytes of rank 0 in its last micro batch and step, by "forward", "backward" and "step".
 """
@@ -10,14 +8,10 @@ import gc
 import json
 import os
 import runpy
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import common
 import torch
-from common import ROOT, ToolError
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity
@@ -65,28 +59,6 @@ class Peaks:
             part = event.name() if event.name() in PARTS else part
             held += event.nbytes() if event.name() == "[memory]" else 0
             self.sizes[part] = max(self.sizes.get(part, 0), held)
-
-
-def measure(script, ranks, flags):
-    """Train three steps on the sample text at so many ranks. Returns the peaks, and what the run left.
-
-    flags: by name, None is left out. Raises ToolError with the run's output if it fails.
-    """
-    flags |= {"dataset": "sample", "max_steps": 3, "eval_interval": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        run, result, gpu = Path(folder, "run"), Path(folder, "peaks.json"), torch.cuda.is_available()
-        command = [*common.launch_command("scripts/tools/memory_peaks.py", ranks), str(result), str(ROOT / script)]
-        command += [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        environment = common.launch_environment(gpu)
-        done = subprocess.run([*command, f"--output_dir={run}"], env=environment, capture_output=True, text=True)
-        if done.returncode or not result.exists():
-            raise ToolError(f"{script} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
-        found = {"device": "GPU" if gpu else "CPU", "peaks": common.read_json(result), "ds_config": {}}
-        found["ledger"] = common.read_json(run / "summary.json")["ledger"]
-        found["vocab_size"] = common.read_json(run / "model" / "config.json")["vocab_size"]
-        if (run / "ds_config.json").exists():  # GPTLike-Base.py has none
-            found["ds_config"] = common.read_json(run / "ds_config.json")
-    return found
 
 
 def main(result, script, *flags):

@@ -1,7 +1,6 @@
 """What a rank of each ZeRO stage will hold, and with --measure what it does hold.
 
     python scripts/tools/plan_memory.py --n_layer 24 --n_head 16 --d_model 1024 --block_size 1024 --ranks 4 --gpus 24
-    python scripts/tools/plan_memory.py --d_model 4096 --n_layer 32 --n_head 32 --ranks 64 --gpus 80 --link_gb_s 25
     python scripts/tools/plan_memory.py --measure DeepSpeed-GPTLike-ZeRO-2.py --ranks 2 --n_layer 2 --d_model 384
 
 Planning is arithmetic: no model is built. A row for each JSON of configs/, or of --ds_config, in GiB (2**30 bytes) of
@@ -17,11 +16,12 @@ Exit code 0: printed, 1: a JSON that cannot be planned for or a run that failed,
 """
 
 import argparse
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import common
-import memory_peaks
 from common import ROOT, ToolError
 
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a weight, an activation, a gradient
@@ -91,7 +91,6 @@ def gib(size):
     return f"{size / 2**30:,.2f}"
 
 
-# What one rank holds, in bytes
 def formula(parameters, ranks, stage, width=2):
     """Model states by the paper, as the scripts' ledger prints them."""
     sizes = {"parameters": (3, width), "gradients": (2, width), "optimizer_states": (1, 12)}
@@ -194,7 +193,6 @@ def sent(model, plan, ranks):
     return (3 if plan.stage == 3 else 2) * weights, really * weights
 
 
-# What is printed
 def verdict(peak, checkpointing, host, gpu, args):
     """fits, checkpointing (fits with --activation_checkpointing), or no with what is too small."""
     room = (gpu - args.reserve_gib) * 2**30
@@ -203,7 +201,8 @@ def verdict(peak, checkpointing, host, gpu, args):
     return "fits" if peak <= room else "checkpointing" if checkpointing <= room else "no: GPU"
 
 
-def show_plan(model, args):
+def show_plan(args):
+    model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, -(-args.vocab_size // 64) * 64)
     plans, rows = [] if args.ds_config else [read_plan(None, {}, args)], []
     plans += [read_plan(path, common.read_json(path), args) for path in args.ds_config or CONFIGS]
     for plan in plans:
@@ -217,25 +216,42 @@ def show_plan(model, args):
     print(common.table([*heads, *(f"{gpu:g} GiB" for gpu in args.gpus)], rows))
     if args.link_gb_s:
         print(f"\nA step of {args.ranks} ranks, each sending at {args.link_gb_s:g} GB/s:\n")
-        sizes = [(plan.name, *sent(model, plan, args.ranks)) for plan in plans]
-        sizes = [(name, paper / 1e9, really / 1e9, really / 1e9 / args.link_gb_s) for name, paper, really in sizes]
-        rows = [(name, *(f"{number:.3f}" for number in numbers)) for name, *numbers in sizes]
+        rows = []
+        for plan in plans:
+            paper, really = [size / 1e9 for size in sent(model, plan, args.ranks)]
+            rows.append([plan.name, f"{paper:.3f}", f"{really:.3f}", f"{really / args.link_gb_s:.3f}"])
         print(common.table(("stage", "sent by formula, GB", "by DeepSpeed, GB", "sending, s"), rows))
 
 
 def show_measured(args):
-    shape = {name: getattr(args, name) for name in Model._fields[:4]}
-    rest = {name: getattr(args, name) for name in ("dropout", "batch_size", "gradient_accumulation_steps", "precision")}
-    flags = shape | rest | {"ds_config": args.ds_config and args.ds_config[0]}
-    found = memory_peaks.measure(args.measure, args.ranks, flags)
-    model = Model(*shape.values(), found["vocab_size"])
-    plan = read_plan(args.measure, found["ds_config"], args)
+    """Train three steps on the sample text. Raises ToolError with the run's output if it fails."""
+    from torch import cuda
+
+    names = "n_layer n_head d_model block_size dropout batch_size gradient_accumulation_steps precision".split()
+    flags = {name: getattr(args, name) for name in names} | {"ds_config": args.ds_config and args.ds_config[0]}
+    flags |= {"dataset": "sample", "max_steps": 3, "eval_interval": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        run, result = Path(folder, "run"), Path(folder, "peaks.json")
+        words = common.launch_command("scripts/tools/memory_peaks.py", args.ranks)
+        words += [str(result), str(ROOT / args.measure), f"--output_dir={run}"]
+        words += [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        env = common.launch_environment(cuda.is_available())
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        if done.returncode or not result.exists():
+            raise ToolError(f"{args.measure} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+        peaks, ledger = common.read_json(result), common.read_json(run / "summary.json")["ledger"]
+        vocab_size = common.read_json(run / "model" / "config.json")["vocab_size"]
+        path = run / "ds_config.json"  # GPTLike-Base.py has none
+        config = common.read_json(path) if path.exists() else {}
+    model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, vocab_size)
+    plan = read_plan(args.measure, config, args)
+    device = "GPU" if cuda.is_available() else "CPU"
+    moved = offloaded(model, plan, args.ranks) if device == "CPU" else 0  # there all memory is the host's
+    print(f"{args.measure}: {model.parameters:,} parameters, {args.ranks} ranks, on {device}\n")
     planned = moments(model, plan, args.ranks)
-    moved = offloaded(model, plan, args.ranks) if found["device"] == "CPU" else 0  # there all memory is the host's
-    print(f"{args.measure}: {model.parameters:,} parameters, {args.ranks} ranks, on {found['device']}\n")
-    rows = [(part, int(size + moved) >> 20, found["peaks"][part] >> 20) for part, size in planned.items()]
+    rows = [(part, int(size + moved) >> 20, peaks[part] >> 20) for part, size in planned.items()]
     print(common.table(("peak of rank 0, MiB", "planned", "measured"), rows))
-    rows = [(kind, row["formula"] >> 20, row["held"] >> 20) for kind, row in found["ledger"].items()]
+    rows = [(kind, row["formula"] >> 20, row["held"] >> 20) for kind, row in ledger.items()]
     print("\n" + common.table(("ledger of rank 0, MiB", "formula", "held"), rows))
 
 
@@ -272,10 +288,8 @@ def parse_args():
 def main():
     args = parse_args()
     common.cpu_default()
-    vocab_size = -(-args.vocab_size // 64) * 64
-    model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, vocab_size)
     try:
-        show_measured(args) if args.measure else show_plan(model, args)
+        show_measured(args) if args.measure else show_plan(args)
     except ToolError as error:
         common.exit_with(error)
 
