@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,11 +116,8 @@ def launch_command(script: str, ranks: int) -> list[str]:
     """The beginning of a command line in this Python: plain for one rank, by torchrun at a free port for several."""
     if ranks == 1:
         return [sys.executable, str(ROOT / script)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
-    return [sys.executable, *launcher, str(ROOT / script)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    return [sys.executable, *launcher, "--nproc_per_node", str(ranks), str(ROOT / script)]
 
 
 def launch_environment(gpus: bool, **changes: str) -> dict[str, str]:
