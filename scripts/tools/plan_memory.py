@@ -174,13 +174,6 @@ def offloaded(model, plan, ranks):
     return held
 
 
-def host_bytes(model, plan, args):
-    """Of all ranks of a host: each rank's model in fp32 at the start of stages 0 to 2, or what is offloaded and the
-    whole weights that rank 0 takes to the CPU to save them."""
-    start = 4 * model.parameters * args.ranks_per_host if plan.stage < 3 else 0
-    return max(start, offloaded(model, plan, args.ranks) * args.ranks_per_host + plan.width * model.parameters)
-
-
 def sent(model, plan, ranks):
     """Bytes that a rank sends in an optimizer step: by the paper, and as DeepSpeed 0.19.8 does it. That all-reduces
     gradients at stages 1 and 2 instead of scattering them, unless told otherwise; gathers at stage 3 a second time only
@@ -208,7 +201,9 @@ def show_plan(args):
     for plan in plans:
         states = sum(formula(model.parameters, args.ranks, plan.stage, plan.width).values())
         peaks = [max(moments(model, plan, args.ranks, checkpointing).values()) for checkpointing in (False, True)]
-        sizes = *peaks, host_bytes(model, plan, args)
+        start = 4 * model.parameters * args.ranks_per_host if plan.stage < 3 else 0  # each rank's model in fp32
+        saving = plan.width * model.parameters  # whole weights, which rank 0 takes to the CPU
+        sizes = *peaks, max(start, offloaded(model, plan, args.ranks) * args.ranks_per_host + saving)
         verdicts = [verdict(*sizes, gpu, args) for gpu in args.gpus]
         rows.append([plan.name, gib(states), *map(gib, sizes), *verdicts])
     heads = "stage", "formula", "peak", "checkpointing", "host"
