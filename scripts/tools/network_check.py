@@ -92,17 +92,6 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
     return facts | {"device": torch.cuda.get_device_name() if ON_GPU else "CPU"}
 
 
-def open_store(args: argparse.Namespace) -> dist.Store:
-    """Rank 0 listens, unless torchrun's agent does so already; the others come to it."""
-    serves = args.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    seconds = timedelta(seconds=args.timeout)
-    try:
-        return dist.TCPStore(args.master_addr, args.master_port, None, serves, seconds, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
-        rank = f"rank {args.rank} on {socket.gethostname()} {'cannot listen at' if serves else 'does not reach'}"
-        fail(f"{rank} {args.place} within {args.timeout} s: {first_line(error)}")
-
-
 def roll_call(store: dist.Store, args: argparse.Namespace) -> list[dict]:
     """Each rank's description. Ends with the names of the ranks that do not come in time."""
     if store.add(f"network_check/taken/{args.rank}", 1) > 1:
@@ -144,9 +133,15 @@ def main() -> None:
     args.place = f"{args.master_addr}:{args.master_port}"
     if ON_GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store = open_store(args)
-    rows = roll_call(store, args)
     backend, seconds = "nccl" if ON_GPU else "gloo", timedelta(seconds=args.timeout)
+    # Rank 0 listens, unless torchrun's agent does so already; the others come to it.
+    serves = args.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(args.master_addr, args.master_port, None, serves, seconds, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        rank = f"rank {args.rank} on {socket.gethostname()} {'cannot listen at' if serves else 'does not reach'}"
+        fail(f"{rank} {args.place} within {args.timeout} s: {first_line(error)}")
+    rows = roll_call(store, args)
     try:
         group_store = dist.PrefixStore("network_check/group", store)
         dist.init_process_group(backend, store=group_store, rank=args.rank, world_size=args.world_size, timeout=seconds)
