@@ -163,27 +163,21 @@ def original_model(trained: Trained, vocab_size: int) -> nn.Module:
     return model.float().eval()
 
 
-def gpt2_model(trained: Trained, vocab_size: int, end_of_text: int | None) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    rows = len(trained.weights["token_embedding.weight"])
-    settings = {name: trained.shape[ours] for name, ours in GPT2_SIZES.items()}
-    settings |= {"vocab_size": rows, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    config = GPT2Config(**settings, attn_pdrop=0.0)  # the scripts drop on embeddings and residual branches only
-    model = GPT2LMHeadModel(config).to(trained.weights["token_embedding.weight"].dtype)
-    model.load_state_dict(to_gpt2(trained.weights))
-    model.generation_config.suppress_tokens = list(range(vocab_size, rows)) or None  # the padding rows
-    return model
-
-
 @torch.no_grad()
 def write_and_reload(trained: Trained, tokenizer: object, folder: Path) -> tuple[nn.Module, float]:
     """The export as read back, in fp32, and how much its logits differ from our model's. ToolError: too much."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    embedding, end = trained.weights["token_embedding.weight"], tokenizer.eos_token_id
+    vocab_size, rows = max(tokenizer.get_vocab().values()) + 1, len(embedding)
     original = original_model(trained, vocab_size)
-    gpt2_model(trained, vocab_size, tokenizer.eos_token_id).save_pretrained(folder)
+    settings = {name: trained.shape[ours] for name, ours in GPT2_SIZES.items()}
+    settings |= {"vocab_size": rows, "bos_token_id": end, "eos_token_id": end}
+    config = GPT2Config(**settings, attn_pdrop=0.0)  # the scripts drop on embeddings and residual branches only
+    model = GPT2LMHeadModel(config).to(embedding.dtype)
+    model.load_state_dict(to_gpt2(trained.weights))
+    model.generation_config.suppress_tokens = list(range(vocab_size, rows)) or None  # the padding rows
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
