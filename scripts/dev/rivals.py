@@ -3,21 +3,21 @@
     python scripts/dev/rivals.py nanogpt --dataset sample --max_steps 20 --output_dir runs/nanogpt
     torchrun --nproc_per_node 2 scripts/dev/rivals.py ddp --dataset sample --max_steps 20 --output_dir runs/ddp
 
-nanogpt    nanoGPT's model and step: dropout in the attention too, no biases, fp32 weights under autocast, and AdamW
-           that is not fused on a CPU
+nanogpt    nanoGPT's model and step: no biases, fp32 weights under autocast, AdamW that is not fused on a CPU
 original   what the tutorial's first scripts do: nn.MultiheadAttention with a boolean mask, fp32, unfused AdamW, no
            clipping, loss.item() twice each micro batch
 ddp        GPTLike-Base.py's model and optimizer in DistributedDataParallel
-trainer    transformers' Trainer with its GPT-2 and --ds_config, on as many ranks as are started
+trainer    transformers' Trainer: examples/with_trainer.py on --ds_config, but for its batch and precision
 
-The flags are GPTLike-Base.py's, and so are the data: all read the same tokens in the same order (Trainer shuffles for
-itself) and leave the same metrics.jsonl. A rival does not validate, saves nothing and is not resumed.
+The flags are GPTLike-Base.py's, and so are the data: all read the same tokens in the same order and leave the same
+metrics.jsonl. A rival does not validate, saves nothing and is not resumed.
 
-Sources: https://github.com/karpathy/nanoGPT (model.py, train.py); https://huggingface.co/docs/transformers/deepspeed
+Source: https://github.com/karpathy/nanoGPT (model.py, train.py)
 """
 
 import argparse
 import copy
+import functools
 import os
 import sys
 import time
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from common import ROOT, ToolError, exit_with, load_script, read_json
+from common import ROOT, load_script
 
 base = load_script("GPTLike-Base.py")
 
@@ -40,21 +40,19 @@ class NanoBlock(nn.Module):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__()
-        width, self.n_head, self.rate = args.d_model, args.n_head, args.dropout
+        width, self.n_head, self.dropout = args.d_model, args.n_head, nn.Dropout(args.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.attended = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-        self.dropout = nn.Dropout(args.dropout)
-
-    def attention(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
-        heads = [part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)]
-        rate = self.rate if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, dropout_p=rate, is_causal=True)  # (batch, n_head, seq, head_dim)
-        return self.dropout(self.attended(mixed.transpose(1, 2).flatten(2)))
+        up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.feed_forward = nn.Sequential(up, nn.GELU(), down, self.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq, d_model)
-        x = x + self.attention(self.norm1(x))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        heads = [part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in parts]
+        rate = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*heads, dropout_p=rate, is_causal=True)  # (batch, n_head, seq, head_dim)
+        x = x + self.dropout(self.attended(mixed.transpose(1, 2).flatten(2)))
+        return x + self.feed_forward(self.norm2(x))
 
 
 class OriginalBlock(nn.Module):
@@ -79,7 +77,7 @@ class RivalGPT(nn.Module):
     def __init__(self, args: argparse.Namespace, vocab_size: int, block: type[nn.Module]):
         super().__init__()
         self.autocast = args.precision == "bf16"
-        self.tokens = nn.Embedding(padded(vocab_size), args.d_model)
+        self.tokens = nn.Embedding(-(-vocab_size // 64) * 64, args.d_model)
         self.positions = nn.Embedding(args.block_size, args.d_model)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(block(args) for _ in range(args.n_layer))
@@ -97,19 +95,11 @@ class RivalGPT(nn.Module):
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def padded(vocab_size: int) -> int:
-    return -(-vocab_size // 64) * 64
-
-
 class NanoGPT:
-    """nanoGPT's step: clipping, AdamW that is not fused on a CPU, warm-up and cosine."""
-
     def __init__(self, args: argparse.Namespace, vocab_size: int):
         self.args, self.model = args, RivalGPT(args, vocab_size, NanoBlock)
-        matrices = [weight for weight in self.model.parameters() if weight.dim() > 1]
-        norms = [weight for weight in self.model.parameters() if weight.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=base.BETAS)
+        groups = base.parameter_groups(self.model)
+        self.optimizer = torch.optim.AdamW(groups, betas=base.BETAS, weight_decay=args.weight_decay)
 
     def take_step(self, step: int, batches: Iterator) -> float:
         for group in self.optimizer.param_groups:
@@ -141,9 +131,10 @@ class Original:
 
 
 class DataParallel:
-    """Base's model and optimizer; DistributedDataParallel averages the gradients while the backward pass goes on."""
+    """Base's model and optimizer, and the gradients averaged while the backward pass goes on."""
 
     def __init__(self, args: argparse.Namespace, vocab_size: int):
+        dist.init_process_group("gloo")
         model = base.GPTLike(args, vocab_size).to(torch.bfloat16 if args.precision == "bf16" else None)
         self.masters = copy.deepcopy(model).float()
         groups = base.parameter_groups(self.masters)
@@ -169,79 +160,49 @@ class DataParallel:
         return total.item() / self.args.world_size
 
 
-def speed(tokens_per_second: float) -> dict:
-    """That and this process's peak memory, as the scripts record them."""
-    peak = base.getrusage(base.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"tokens_per_second": tokens_per_second, "peak_memory_gib": peak}
-
-
-def train(kind: type, args: argparse.Namespace, corpus: tuple) -> None:
-    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
+def record_step(step: int, loss: float, seconds: float, args: argparse.Namespace) -> None:
     tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+    peak = base.getrusage(base.RUSAGE_SELF).ru_maxrss / 2**20
+    fields = {"step": step, "loss": loss, "tokens_per_second": tokens / seconds, "peak_memory_gib": peak}
+    base.record(fields, args)
+
+
+def train(kind: type, args: argparse.Namespace) -> None:
+    corpus = base.load_corpus(argparse.Namespace(**vars(args) | {"rank": 0}))  # each rank trains its own bpe:SIZE
+    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
+    torch.manual_seed(args.seed)
     rival = kind(args, corpus.vocab_size)
-    clock = time.perf_counter()
     for step in range(args.max_steps):
+        start = time.perf_counter()
         loss = rival.take_step(step, base.micro_batches(blocks, step, args))
-        base.record({"step": step + 1, "loss": loss} | speed(tokens / (time.perf_counter() - clock)), args)
-        clock = time.perf_counter()
+        record_step(step + 1, loss, time.perf_counter() - start, args)
 
 
-def trainer_arguments(args: argparse.Namespace) -> dict:
-    """What TrainingArguments takes: the JSON as it is, but for the flags, and nothing that contradicts it."""
-    config = read_json(Path(args.ds_config))
-    try:
-        params = config["optimizer"]["params"]
-        params |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
-        config["train_micro_batch_size_per_gpu"] = args.batch_size
-        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
-        config["bf16"]["enabled"] = args.precision == "bf16"
-        from_json = {"learning_rate": params["lr"], "weight_decay": params["weight_decay"]}
-        from_json |= {"adam_beta1": params["betas"][0], "adam_beta2": params["betas"][1]}
-        from_json |= {"adam_epsilon": params["eps"], "max_grad_norm": config["gradient_clipping"]}
-    except (KeyError, TypeError) as error:
-        raise ToolError(f"--ds_config {args.ds_config} has no {error}: take one of configs/") from error
-    batch = {"per_device_train_batch_size": args.batch_size, "warmup_steps": args.warmup_steps}
-    batch |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "bf16": args.precision == "bf16"}
-    return from_json | batch | {"deepspeed": config}
+def train_with_trainer(args: argparse.Namespace) -> None:
+    sys.path.append(str(ROOT / "examples"))
+    import with_trainer
+    from shared import read_config
+    from transformers import Trainer, TrainerCallback
 
-
-def train_with_trainer(args: argparse.Namespace, corpus: tuple) -> None:
-    import transformers
-
-    class Blocks(torch.utils.data.Dataset):
-        data = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
-
-        def __len__(self) -> int:
-            return len(self.data)
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            inputs = self.data[index, :-1].long()
-            return {"input_ids": inputs, "labels": inputs}  # the model shifts the labels itself
-
-    class Recorder(transformers.TrainerCallback):
+    class Recorder(TrainerCallback):
         """Times from log to log, which is from step to step."""
 
         def on_train_begin(self, options, state, control, **_) -> None:
             self.clock = time.perf_counter()
 
         def on_log(self, options, state, control, logs: dict, **_) -> None:
-            if "loss" in logs and args.rank == 0:
-                now = time.perf_counter()
-                tokens = args.batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
-                fields = {"step": state.global_step, "loss": float(logs["loss"])}
-                base.record(fields | speed(tokens / (now - self.clock)), args)
-                self.clock = now
+            if "loss" in logs and state.is_world_process_zero:
+                record_step(state.global_step, float(logs["loss"]), time.perf_counter() - self.clock, args)
+                self.clock = time.perf_counter()
 
-    shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.d_model, "n_positions": args.block_size}
-    shape |= {"vocab_size": padded(corpus.vocab_size), "bos_token_id": 0, "eos_token_id": 0}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args.dropout)
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
-    numbers = trainer_arguments(args)
-    options = transformers.TrainingArguments(
-        args.output_dir, max_steps=args.max_steps, seed=args.seed, **quiet, **numbers
-    )
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropout))
-    transformers.Trainer(model, options, train_dataset=Blocks(), callbacks=[Recorder()]).train()
+    config = read_config(args.ds_config)
+    config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
+    config["train_micro_batch_size_per_gpu"] = args.batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    config["bf16"]["enabled"] = args.precision == "bf16"
+    args.ds_config = config
+    with_trainer.Trainer = functools.partial(Trainer, callbacks=[Recorder()])
+    with_trainer.main(args, config)
 
 
 KINDS = {"nanogpt": NanoGPT, "original": Original, "ddp": DataParallel}
@@ -253,37 +214,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ds_config", default=str(ROOT / "configs/zero2.json"), help="DeepSpeed's JSON, for trainer")
     own, words = parser.parse_known_args()
     args = base.parse_args(["--output_dir", "runs/rival", "--max_steps", "20", *words])
-    args.rival, args.ds_config, args.device_name = own.rival, own.ds_config, "CPU"
+    args.rival, args.ds_config = own.rival, own.ds_config
     if args.precision == "fp16" or (args.rival == "original" and args.precision != "fp32"):
         parser.error(f"{args.rival} does not train in {args.precision} on a CPU: add --precision fp32")
     if args.rival in ("ddp", "trainer") and "RANK" not in os.environ:
         parser.error(f"{args.rival} wants ranks: torchrun --nproc_per_node 2 {parser.prog} {args.rival} ...")
     args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.device, args.zero_stage = "cpu", 0
     return args
 
 
 def main() -> None:
     args = parse_args()
-    try:
-        output = Path(args.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        if args.rank == 0:
-            (output / "metrics.jsonl").unlink(missing_ok=True)
-        torch.zeros(1).exp()  # as in the scripts: MKL's first call by one thread
-        corpus = base.load_corpus(argparse.Namespace(**vars(args) | {"rank": 0}))  # each rank trains its own bpe:SIZE
-        torch.manual_seed(args.seed)
-        if args.rival == "trainer":
-            train_with_trainer(args, corpus)
-        else:
-            if args.rival == "ddp":
-                dist.init_process_group("gloo")
-            train(KINDS[args.rival], args, corpus)
-    except (OSError, base.UserError, ToolError) as error:
-        exit_with(error)
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that takes its time to end
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.rank == 0:
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+    torch.zeros(1).exp()  # as in the scripts: MKL's first call by one thread
+    if args.rival == "trainer":
+        train_with_trainer(args)
+    else:
+        train(KINDS[args.rival], args)
 
 
 if __name__ == "__main__":
-    main()
+    base.run(main)
