@@ -4,17 +4,15 @@
     python scripts/dev/benchmark.py --contestants base nanogpt --vocab 8192 --rounds 1
     python scripts/dev/benchmark.py --startup                           time to the first step, beside imports
 
-Each round launches every contestant once, one after the other, so that a slow minute of the machine hits all alike.
-The scripts run as they are, through their command line, and so do the rivals (scripts/dev/rivals.py); all read the
-same random tokens, share the cores alike among ranks and run with the same settings of the allocator. Tokens per
-second are the median over the rounds of the median over the steps, without the first three. A run is ended once it has
-logged --steps steps: none validates or saves. GPUs are hidden.
+Each round launches every contestant once, so that a slow minute of the machine hits all alike. Scripts and rivals
+(scripts/dev/rivals.py) run by their command lines, on the same random tokens, with the same share of the cores for a
+rank and the same allocator, until they have logged --steps steps. Tokens per second are the median over the rounds of
+the median over the steps, without the first three.
 
 Exit code 0: all measured, 1: a contestant failed and its log is named, 2: wrong usage.
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -23,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from common import ROOT, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
@@ -44,27 +45,17 @@ class Contestant(NamedTuple):
     beside: tuple[str, ...]  # whom its speed is divided by
 
 
-def zero(stage: int) -> Contestant:
-    words = (f"DeepSpeed-GPTLike-ZeRO-{stage}.py", "--ds_config", f"configs/zero{stage}.json")
-    return Contestant(words, True, ("ddp", f"trainer{stage}"))
-
-
-def trainer(stage: int) -> Contestant:
-    return Contestant((RIVALS, "trainer", "--ds_config", f"configs/zero{stage}.json"), True, ())
-
-
 CONTESTANTS = {
     "base": Contestant(("GPTLike-Base.py",), False, ("nanogpt", "original")),
     "nanogpt": Contestant((RIVALS, "nanogpt"), False, ()),
     "original": Contestant((RIVALS, "original"), False, ()),
     "ddp": Contestant((RIVALS, "ddp"), True, ()),
-    "zero1": zero(1),
-    "zero2": zero(2),
-    "zero3": zero(3),
-    "trainer1": trainer(1),
-    "trainer2": trainer(2),
-    "trainer3": trainer(3),
 }
+for stage in (1, 2, 3):
+    config = ("--ds_config", f"configs/zero{stage}.json")
+    script = f"DeepSpeed-GPTLike-ZeRO-{stage}.py"
+    CONTESTANTS[f"zero{stage}"] = Contestant((script, *config), True, ("ddp", f"trainer{stage}"))
+    CONTESTANTS[f"trainer{stage}"] = Contestant((RIVALS, "trainer", *config), True, ())
 OURS = ["base", "zero1", "zero2", "zero3"]
 
 
@@ -119,17 +110,13 @@ def command(name: str, data: list[str], output: Path, args: argparse.Namespace) 
 
 def end(process: subprocess.Popen) -> None:
     """Kill a run and its ranks: torchrun's are in its session, but in process groups of their own."""
-    import psutil
-
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        family = []
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     for member in family:
-        try:
+        with suppress(psutil.NoSuchProcess):
             member.kill()
-        except psutil.NoSuchProcess:
-            continue
     process.wait()
 
 
@@ -208,10 +195,9 @@ def startup_table(runs: dict[str, list[Measured]], imports: list[float], args: a
 
 
 def heading(args: argparse.Namespace) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    bf16 = "with" if "bf16" in flags else "without"
+    cpu = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    bf16 = "with" if "bf16" in cpu else "without"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     shape = f"{args.n_layer} layers, d_model {args.d_model}, {args.n_head} heads, {args.batch_size} x {args.block_size}"
     return (
@@ -221,10 +207,8 @@ def heading(args: argparse.Namespace) -> str:
     )
 
 
-def benchmark(args: argparse.Namespace, folder: Path) -> dict:
-    """Measure and print. Returns what --json writes: by vocabulary and contestant the rounds."""
+def benchmark(args: argparse.Namespace, folder: Path) -> None:
     print(heading(args))
-    results = {}
     for vocabulary in args.vocab:
         runs, imports = {name: [] for name in args.contestants}, []
         data = write_data(folder / str(vocabulary), vocabulary, 16 * args.batch_size, args.block_size)
@@ -236,12 +220,9 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict:
                 print(f"round {number + 1}, vocabulary {vocabulary}, {name}: {runs[name][-1]}", file=sys.stderr)
         print(f"\nvocabulary {vocabulary}")
         print(startup_table(runs, imports, args) if args.startup else speed_table(runs, args), flush=True)
-        rounds = {name: [row._asdict() for row in rows] for name, rows in runs.items()}
-        results[str(vocabulary)] = rounds | ({"imports_s": imports} if args.startup else {})
-    return results
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_args(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--contestants", nargs="+", choices=list(CONTESTANTS), help="all; with --startup the scripts")
@@ -251,16 +232,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help=f"optimizer steps; the first {SKIPPED} do not count (12; with --startup 1)")
     add("--ranks", type=int, default=2, help="of the contestants that run on several (2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="of all but original, which knows fp32 (bf16)")
-    add("--json", type=Path, metavar="FILE", help="also write every round there")
     shape = {"n_layer": 6, "n_head": 6, "d_model": 384, "block_size": 256, "batch_size": 8}
     for name, default in shape.items():
         add(f"--{name}", type=int, default=default, help=f"of the model and its batch, all ranks together ({default})")
     add("--dropout", type=float, default=0.1, help="as each contestant uses it (0.1)")
-    return parser
-
-
-def parse_args(words: list[str] | None) -> argparse.Namespace:
-    parser = build_parser()
     args = parser.parse_args(words)
     args.contestants = args.contestants or (OURS if args.startup else list(CONTESTANTS))
     args.vocab = args.vocab or ([8192] if args.startup else [8192, 50257])
@@ -277,9 +252,7 @@ def main(words: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing stays behind
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
-        results = benchmark(args, folder)
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=2) + "\n")
+        benchmark(args, folder)
     except KeyboardInterrupt:
         shutil.rmtree(folder)
         sys.exit(130)
