@@ -1,7 +1,7 @@
-"""What the three examples share: flags, and the scripts' model, samples and learning rate before the first step.
+"""What the examples share: flags, and the scripts' model, samples and learning rate before the first step.
 
-The model starts from the scripts' weights and sees at each step their samples, so that a framework's losses can be laid
-beside theirs. Everything comes from GPTLike-Base.py; batch, optimizer and precision come from the JSON.
+The model starts from the scripts' weights and sees at each step their samples, so that its losses can be laid beside
+theirs. Everything comes from GPTLike-Base.py; batch, optimizer and precision come from the JSON.
 """
 
 import argparse
@@ -63,18 +63,55 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Sa
     corpus = base.load_corpus(args)
     data = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
     global_batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * RANKS
+    args.rank, args.world_size = RANK, RANKS
+    args.batch_size = config["train_micro_batch_size_per_gpu"]
+    args.gradient_accumulation_steps = config["gradient_accumulation_steps"]
     torch.manual_seed(args.seed)
     return base.GPTLike(args, corpus.vocab_size), Samples(data, args.max_steps * global_batch, args.seed)
 
 
-def start(main: Callable[[argparse.Namespace, dict], None], title: str) -> None:
-    """Read the flags and the JSON, run main(args, config), leave the process group."""
-    parser = argparse.ArgumentParser(
-        description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--ds_config", default=str(ROOT / "configs" / "zero2.json"), help="DeepSpeed's JSON")
-    for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help="as in the scripts")
+def set_device() -> None:
+    """Each rank its own GPU, and the ranks' meeting: by nccl, without a GPU by gloo."""
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    deepspeed.init_distributed()
+
+
+def schedule(args: argparse.Namespace) -> Callable:
+    """The scripts' warm-up and decay, as deepspeed.initialize takes it."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: base.lr_factor(step, args))
+
+
+def log(message: str) -> None:
+    if RANK == 0:
+        print(message, flush=True)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values)
+    return values / RANKS
+
+
+def show_held(place: str, engine: torch.nn.Module) -> None:
+    """A line for each rank: bytes of its parameters, and of its optimizer's fp32 weights and moments."""
+    states = engine.basic_optimizer.state
+    moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
+    sizes = [sum(part.numel() * part.element_size() for part in kind) for kind in (engine.parameters(), moments)]
+    sizes[1] += sum(weight.numel() * weight.element_size() for weight in states if weight.dtype == torch.float32)
+    lines = [None] * RANKS
+    line = f"rank {RANK}, {place}: {sizes[0]:,} bytes of parameters, {sizes[1]:,} of optimizer states"
+    torch.distributed.all_gather_object(lines, line)
+    log("\n".join(lines))
+
+
+def start(main: Callable, doc: str, ds_config: str = "zero2.json", **own: object) -> None:
+    """Read the flags and the JSON, run main(args, config), leave the process group. own: an example's own flags."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", default=str(ROOT / "configs" / ds_config), help="DeepSpeed's JSON")
+    for name, value in (DEFAULTS | own).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"({value})")
     parser.set_defaults(**FIXED)
     args = parser.parse_args()
     if args.d_model % args.n_head:

@@ -49,4 +49,4 @@ def main(args: argparse.Namespace, config: dict) -> None:
 
 
 if __name__ == "__main__":
-    start(main, __doc__.splitlines()[0])
+    start(main, __doc__)
