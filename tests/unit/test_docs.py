@@ -51,6 +51,15 @@ def test_commands_parse(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_of_diffs_are_in_the_scripts(page):
+    text = page.read_text(encoding="utf-8")
+    every = {line for script in ROOT.glob("*GPTLike*.py") for line in script.read_text(encoding="utf-8").splitlines()}
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        missing = [line for line in block.splitlines() if re.sub(r"^(\+|-|[<>] )", "", line) not in every]
+        assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_exist(page):
     missing = {path for path in PATH.findall(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()}
     assert not {path for path in missing if path != "configs/hostfile"}
