@@ -70,7 +70,7 @@ def parse_args(words=None):
     """The flags of all six scripts. What the JSON holds, too, has a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
-    def add(name, default, text, kind=int, low=1, high=2**31):
+    def add(name, default, text, kind=int, low=1, high=2_000_000_000):
         def number(word):
             if low <= kind(word) < high:
                 return kind(word)
@@ -377,14 +377,13 @@ def validate(model, step, best, corpus, args):
         folder = Path(args.output_dir, "model")
         corpus.tokenizer.save_pretrained(folder)
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
+        shape = {name: getattr(args, name) for name in "n_layer n_head d_model block_size".split()}
         write_json(folder / "config.json", shape | {"vocab_size": corpus.vocab_size})
     return fields
 
 
 def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
-    # All other tensors are gradients and their buckets, and at stage 3 small weights that stay whole.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -393,7 +392,7 @@ def show_ledger(kinds, args):
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():
         formula = bytes_each * args.n_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds.get(kind, tensors):
+        for tensor in kinds.get(kind, tensors):  # all others: gradients, buckets, at stage 3 small weights left whole
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and memory.data_ptr() not in counted:
                 counted.add(memory.data_ptr())
@@ -450,9 +449,10 @@ def start_distributed(args):
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
         if args.local_rank == 0:  # PyTorch would wait for the lock of a run that was killed while it loaded a C++ op
-            locks = set(glob.glob(f"{Path('~/.cache/torch_extensions').expanduser().resolve()}/*/*/lock"))
-            for lock in locks.difference(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*")))):
-                Path(lock).unlink(missing_ok=True)
+            locks = glob.glob(f"{Path('~/.cache/torch_extensions').expanduser().resolve()}/*/*/lock")
+            old = {lock for lock in locks if time.time() - os.path.getmtime(lock) > 3}  # or of another host
+            for lock in old.difference(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*")))):
+                os.remove(lock)
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
     args.world_size = dist.get_world_size()
 
@@ -527,8 +527,8 @@ def open_output(ds_config, args):
         probe.touch()
     gather(None)
     shared = gather(probe.exists())
-    args.first_of_disk = args.rank == 0 or (args.local_rank == 0 and not shared[args.rank])
-    if args.first_of_disk and args.rank > 0:
+    args.first_of_disk = args.rank == 0 or not (args.local_rank or shared[args.rank])
+    if args.first_of_disk and args.rank:
         claim_output(args)
     if not all(shared):  # then DeepSpeed writes to each disk all that its ranks load
         ds_config.setdefault("checkpoint", {})["use_node_local_storage"] = True
@@ -643,7 +643,7 @@ def main():
         signal.signal(number, lambda number, frame: caught.append(number))
     step, clock_step, clock = start, start, time.perf_counter()
     steps = range(start + 1, args.max_steps + 1)
-    for step in tqdm(steps, initial=start, total=args.max_steps, disable=args.rank > 0 or None):  # None: on a terminal
+    for step in tqdm(steps, initial=start, total=args.max_steps, disable=args.rank or None):  # None: on a terminal
         torch.manual_seed((args.seed * 1_000_003 + step - 1) * 4_099 + args.rank)  # dropout: the same after a resume
         loss, lr = torch.zeros((), device=args.device), engine.get_lr()[0]
         for inputs, targets in micro_batches(blocks, step - 1, args):
@@ -655,7 +655,7 @@ def main():
             engine.step()  # after the last micro batch: clip, step, clear gradients; before that it only counts
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
-        log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
+        log_due, eval_due, save_due = [step == args.max_steps or (i and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
         loss, stopping = average_and_check(loss, engine.get_global_grad_norm() or 0.0, caught, args)

@@ -61,7 +61,7 @@ def parse_args(words=None):
     """The flags of all six scripts. What the JSON holds, too, has a default in GPTLike-Base.py only."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
-    def add(name, default, text, kind=int, low=1, high=2**31):
+    def add(name, default, text, kind=int, low=1, high=2_000_000_000):
         def number(word):
             if low <= kind(word) < high:
                 return kind(word)
@@ -368,14 +368,13 @@ def validate(model, step, best, corpus, args):
         folder = Path(args.output_dir, "model")
         corpus.tokenizer.save_pretrained(folder)
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        shape = {name: getattr(args, name) for name in ("n_layer", "n_head", "d_model", "block_size")}
+        shape = {name: getattr(args, name) for name in "n_layer n_head d_model block_size".split()}
         write_json(folder / "config.json", shape | {"vocab_size": corpus.vocab_size})
     return fields
 
 
 def show_ledger(kinds, args):
     """Print and return the bytes of model states that rank 0 holds, beside the formulas of arXiv:1910.02054, 3.1."""
-    # All other tensors are gradients and their buckets, and at stage 3 small weights that stay whole.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     tensors = [tensor for tensor in tensors if not (tensor.is_meta or torch._is_functional_tensor(tensor))]  # no bytes
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -384,7 +383,7 @@ def show_ledger(kinds, args):
     ledger, counted = {}, set()
     for kind, (bytes_each, stage) in formulas.items():
         formula = bytes_each * args.n_params // (args.world_size if args.zero_stage >= stage else 1)
-        for tensor in kinds.get(kind, tensors):
+        for tensor in kinds.get(kind, tensors):  # all others: gradients, buckets, at stage 3 small weights left whole
             memory = tensor.untyped_storage()
             if tensor.is_floating_point() and memory.data_ptr() not in counted:
                 counted.add(memory.data_ptr())
@@ -491,7 +490,7 @@ def main():
         model.zero_grad()
 
         intervals = args.log_interval, args.eval_interval, args.save_interval
-        log_due, eval_due, save_due = [step == args.max_steps or (i > 0 and step % i == 0) for i in intervals]
+        log_due, eval_due, save_due = [step == args.max_steps or (i and step % i == 0) for i in intervals]
         if not (log_due or eval_due or save_due):
             continue
         loss, stopping = average_and_check(loss, grad_norm, caught, args)

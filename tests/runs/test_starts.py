@@ -1,5 +1,6 @@
 """Starts that go wrong end in one message; odd but sound environments train."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def test_the_lock_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp
         for name in ("killed", "living"):
             (folder / name).mkdir(parents=True)
             (folder / name / "lock").touch()
+            os.utime(folder / name / "lock", (0, 0))  # they lie there for long
         with (folder / "living" / "lock").open():
             train(ZERO1, tmp_path / "run", *STEPS, launcher="python")
         assert not (folder / "killed" / "lock").exists() and (folder / "living" / "lock").exists()

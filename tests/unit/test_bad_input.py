@@ -23,7 +23,7 @@ FLAGS = [
     ("--precision int8", "--precision: invalid choice: 'int8'"),
     ("--resume yes", "--resume: invalid choice: 'yes'"),
     ("--n_layers 2", "unrecognized arguments: --n_layers 2"),
-    ("--epochs 99999999999", "--epochs: 99999999999 is not from 1 to below 2147483648"),
+    ("--epochs 99999999999", "--epochs: 99999999999 is not from 1 to below 2000000000"),
 ]
 
 
