@@ -1,10 +1,9 @@
 """The kill drill: SIGKILL takes a rank at a random moment, and the same command is given again until the run is done.
 
-Each script first trains undisturbed. Then it trains again and loses a rank N times: while it starts, in the midst of
-its steps, or while a checkpoint is being written. A run that is done before all N begins anew. Checked is that the
-launcher ends by itself and that in the end the weights in model/ and all losses are those of the undisturbed run: byte
-for byte, and for ZeRO-Offload within 1e-6 (DeepSpeedCPUAdam takes its powers of beta anew after a load). Exit code 0:
-all so; 1: not so.
+Each script first trains undisturbed, on CPU ranks. Then it trains again and loses a rank N times: while it starts, in
+the midst of its steps, or while it saves. A run that is done before all N begins anew. Checked is that the launcher
+ends by itself and that in the end the weights in model/ and all losses are those of the undisturbed run: byte for byte,
+and for ZeRO-Offload within 1e-6 (DeepSpeedCPUAdam takes its powers of beta anew after a load). Exit code 0: all so.
 
     python scripts/dev/drill.py --kills 5 --scripts ZeRO-2 ZeRO-3
 """
@@ -14,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,38 +22,28 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from common import ROOT, ToolError, exit_with, read_metrics, table
+from benchmark import logged_steps
+from common import ROOT, SCRIPTS, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
 
-SCRIPTS = {
-    "Base": "GPTLike-Base.py",
-    "ZeRO-1": "DeepSpeed-GPTLike-ZeRO-1.py",
-    "ZeRO-2": "DeepSpeed-GPTLike-ZeRO-2.py",
-    "ZeRO-3": "DeepSpeed-GPTLike-ZeRO-3.py",
-    "Offload": "DeepSpeed-GPTLike-ZeRO-Offload.py",
-}
+CASES = dict(zip(("Base", "ZeRO-1", "ZeRO-2", "ZeRO-3", "Offload"), SCRIPTS[:5], strict=True))
 FLAGS = """--dataset sample --tokenizer bpe:1024 --n_layer 2 --n_head 4 --d_model 64 --block_size 32 --precision fp32
     --batch_size 4 --log_interval 1 --save_interval 10 --eval_interval 25""".split()
 PATIENCE_S = 60  # for a launcher to end once a rank is dead
 
 
 def start(name: str, output: Path, steps: int) -> subprocess.Popen:
-    words = [str(ROOT / SCRIPTS[name]), *FLAGS, "--max_steps", str(steps), "--output_dir", str(output)]
-    command = [sys.executable, *words]
-    if name != "Base":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        command = [sys.executable, *launcher, *words]
+    command = launch_command(CASES[name], 1 if name == "Base" else 2)
+    command += [*FLAGS, "--max_steps", str(steps), "--output_dir", str(output)]
+    env = launch_environment(gpus=False)
     with output.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
 
 def ranks_of(launcher: subprocess.Popen, name: str) -> list[psutil.Process]:
     if name == "Base":
         return [psutil.Process(launcher.pid)]
     children = psutil.Process(launcher.pid).children()
-    return [child for child in children if SCRIPTS[name] in " ".join(child.cmdline())]
+    return [child for child in children if CASES[name] in " ".join(child.cmdline())]
 
 
 def wait_for(moment: str, output: Path, launcher: subprocess.Popen, dice: random.Random) -> None:
@@ -63,17 +51,15 @@ def wait_for(moment: str, output: Path, launcher: subprocess.Popen, dice: random
     if moment == "starting":
         time.sleep(dice.uniform(2, 9))
         return
-    before = set(output.glob("checkpoints/step*"))
-    lines = len(read_metrics(output)) if (output / "metrics.jsonl").exists() else 0
-    more = dice.randrange(1, 12)
+    saved = set(output.glob("checkpoints/step*"))
+    steps = logged_steps(output) + dice.randrange(1, 12)
     while launcher.poll() is None:
         time.sleep(0.002)
-        saving = set(output.glob("checkpoints/step*")) - before or (output / "checkpoints" / "state.part").exists()
+        if moment == "training" and logged_steps(output) > steps:
+            return
+        saving = set(output.glob("checkpoints/step*")) - saved or (output / "checkpoints" / "state.part").exists()
         if moment == "saving" and saving:
             time.sleep(dice.uniform(0, 0.05))
-            return
-        log = output / "metrics.jsonl"
-        if moment == "training" and log.exists() and log.read_text().count("\n") > lines + more:
             return
 
 
@@ -98,17 +84,17 @@ def kill_one(name: str, output: Path, steps: int, dice: random.Random) -> str:
 
 def compare(name: str, calm: Path, killed: Path) -> str:
     """ "equal", or the largest difference of a loss. Raises ToolError where that is too large."""
-    losses = [
-        {s: (f.get("loss"), f.get("validation_loss")) for s, f in read_metrics(run).items()} for run in (calm, killed)
-    ]
+    wanted, found = read_metrics(calm), read_metrics(killed)
+    largest = 0.0
+    for step, fields in wanted.items():
+        for field in fields.keys() & {"loss", "validation_loss"}:
+            largest = max(largest, abs(fields[field] - found.get(step, {}).get(field, float("inf"))))
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (calm, killed)]
-    if losses[0] == losses[1] and weights[0] == weights[1]:
+    if largest == 0 and weights[0] == weights[1]:
         return "equal"
-    pairs = [(losses[0][step], losses[1].get(step, (0.0, 0.0))) for step in losses[0]]
-    differences = [abs((a or 0) - (b or 0)) for left, right in pairs for a, b in zip(left, right, strict=True)]
-    if name != "Offload" or max(differences) > 1e-6:
-        raise ToolError(f"{name}: weights or losses are not those of the undisturbed run, {max(differences):.1e} apart")
-    return f"{max(differences):.1e}"
+    if name != "Offload" or largest > 1e-6:
+        raise ToolError(f"{name}: weights or losses are not those of the undisturbed run, {largest:.1e} apart")
+    return f"{largest:.1e}"
 
 
 def drill(name: str, kills: int, steps: int, folder: Path, dice: random.Random) -> list:
@@ -131,7 +117,7 @@ def drill(name: str, kills: int, steps: int, folder: Path, dice: random.Random) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each script (20)")
-    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS), help="all if left out")
+    parser.add_argument("--scripts", nargs="+", choices=list(CASES), default=list(CASES), help="all if left out")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps of a run (25 for each kill, and 20)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of moments and ranks")
     args = parser.parse_args()
