@@ -14,15 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts" / "tools"))
-from common import table  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+from common import ROOT, SCRIPTS, table
 
-BASE, ZERO1, ZERO3 = "GPTLike-Base.py", "DeepSpeed-GPTLike-ZeRO-1.py", "DeepSpeed-GPTLike-ZeRO-3.py"
-MULTIHOSTS = "DeepSpeed-GPTLike-Multihosts.py"
+BASE, ZERO1, _, ZERO3, _, MULTIHOSTS = SCRIPTS
 LEFT_OUT = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__"}
-
-
 MUTANTS = {  # file and the tests that must fail ("regions": the check of the shared regions): name: (text, instead)
     (BASE, "unit/test_model.py"): {
         "attention sees later tokens": ("is_causal=True", "is_causal=False"),
@@ -73,10 +69,7 @@ MUTANTS = {  # file and the tests that must fail ("regions": the check of the sh
         "one byte of a region": ("# a multiple of 64: faster matmuls", "# a multiple of 64: fast matmuls"),
     },
     (BASE, "runs/test_scripts.py::test_accumulation_of_base"): {
-        "accumulated losses are not divided": (
-            "model(inputs, targets) / args.gradient_accumulation_steps",
-            "model(inputs, targets)",
-        ),
+        "accumulated losses are not divided": (" / args.gradient_accumulation_steps", ""),
     },
 }
 
@@ -123,9 +116,9 @@ def main() -> int:
             print(f"{name}: {error}", file=sys.stderr)
             return 2
         rows.append((name, file, found or "SURVIVED"))
-        print(f"{'caught' if found else 'SURVIVED':9}{name}", file=sys.stderr, flush=True)
+        print(*rows[-1], sep=", ", file=sys.stderr)
     print(table(("mutant", "in", "caught by"), rows))
-    survived = sum(row[2] == "SURVIVED" for row in rows)
+    survived = sum(caught == "SURVIVED" for _, _, caught in rows)
     print(f"{len(rows) - survived} of {len(rows)} caught, {time.perf_counter() - start:.0f} s")
     return 1 if survived else 0
 

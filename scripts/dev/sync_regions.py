@@ -1,15 +1,7 @@
 """Keep the code that the six scripts share the same, byte for byte.
 
 No script imports another. What they share stands in marked regions, owned by the script in which a reader who follows
-the teaching order meets it first:
-
-    # region model (owner: GPTLike-Base.py)
-    ...
-    # region metrics (owner: GPTLike-Base.py)
-    ...
-    # endregion
-
-A region ends where the next one begins, or at "# endregion".
+the teaching order meets it first: from "# region model (owner: GPTLike-Base.py)" to the next one, or "# endregion".
 
     python scripts/dev/sync_regions.py           check; exit 0: all equal, 1: stale copies, 2: broken markers
     python scripts/dev/sync_regions.py --write   make stale copies equal to their owner
@@ -63,16 +55,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     for script, name, old, new in stale:
-        print(
-            "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), script, f"owner of {name}", n=1))
-        )
+        diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), script, f"owner of {name}", n=1)
+        print("".join(diff))
         if args.write:
             path = scripts[script]
             path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-    verb = "updated" if args.write else "stale"
-    print(
-        f"{len(scripts)} scripts, {len(stale)} copies {verb}" if stale else f"{len(scripts)} scripts, all copies equal"
-    )
+    print(f"{len(scripts)} scripts, {len(stale)} copies {'updated' if args.write else 'stale'}")
     return 1 if stale and not args.write else 0
 
 
