@@ -4,9 +4,8 @@
     python scripts/dev/parity.py --ranks 4 --accumulation 4 --scripts ZeRO-2 ZeRO-3
 
 Base runs alone on the whole global batch, the others on --ranks ranks, without dropout, on the sample text and the
-CPU (GPUs are hidden, so that the figures are the same everywhere). Compared are the train loss of every step and the
-validation loss of every fourth part of the run. Exit code 0: all within --tolerance, 1: one is not, or did not run;
-then the runs and their logs are kept.
+CPU. Compared are the train loss of every step and the validation loss of every fourth part of the run. Exit code 0:
+all within --tolerance, 1: one is not, or did not run; then the runs and their logs are kept.
 """
 
 import argparse
@@ -19,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from common import ROOT, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
 
-BASE = "GPTLike-Base.py"
 CASES = {  # name: script and its own flags
+    "Base": ("GPTLike-Base.py",),
     "ZeRO-1": ("DeepSpeed-GPTLike-ZeRO-1.py",),
     "ZeRO-2": ("DeepSpeed-GPTLike-ZeRO-2.py",),
     "ZeRO-3": ("DeepSpeed-GPTLike-ZeRO-3.py",),
@@ -35,21 +34,20 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}  # bf16 keeps 8 bits, and ranks round t
 HEADS = ["script", "ranks", "micro batches", "train loss apart", "validation loss apart", "first loss", "last loss"]
 
 
-def train(name: str, words: tuple[str, ...], ranks: int, accumulation: int, args: argparse.Namespace) -> dict:
+def train(name: str, ranks: int, accumulation: int, args: argparse.Namespace) -> dict:
     """The metrics of a run, by step. Raises ToolError that names its log, if it fails."""
-    script, *own = words
+    script, *own = CASES[name]
     output = args.folder / name
     flags = [*FLAGS, *own, "--precision", args.precision, "--seed", str(args.seed), "--output_dir", str(output)]
     flags += ["--batch_size", str(GLOBAL_BATCH // ranks // accumulation)]
     flags += ["--gradient_accumulation_steps", str(accumulation), "--max_steps", str(args.steps)]
     flags += ["--eval_interval", str(max(1, args.steps // 4))]
     log = args.folder / f"{name}.log"
+    env = launch_environment(gpus=False)  # the figures are the same everywhere
     with log.open("w") as file:
-        command = [*launch_command(script, ranks), *flags]
-        env = launch_environment(gpus=False)
-        done = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise ToolError(f"{name} ended with exit code {done.returncode}: see {log}")
+        code = subprocess.call([*launch_command(script, ranks), *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
+    if code:
+        raise ToolError(f"{name} ended with exit code {code}: see {log}")
     return read_metrics(output)
 
 
@@ -62,40 +60,34 @@ def apart(run: dict, base: dict, field: str) -> float:
     return max(abs(values[step] - others[step]) for step in values)
 
 
-def row(name: str, ranks: int, accumulation: int, differences: list[float], run: dict) -> list:
-    losses = [fields["loss"] for fields in run.values()]
-    ends = [f"{losses[0]:.6f}", f"{losses[-1]:.6f}"]
-    return [name, ranks, accumulation, *(f"{difference:.1e}" for difference in differences), *ends]
-
-
 def compare(args: argparse.Namespace) -> float:
     """Print the table, and return the largest difference of all. Raises ToolError where a run fails."""
-    base, largest = train("Base", (BASE,), 1, 1, args), 0.0
-    rows = [row("Base", 1, 1, [0.0, 0.0], base)]
-    for name in args.scripts:
-        run = train(name, CASES[name], args.ranks, args.accumulation, args)
+    base, largest, rows = None, 0.0, []
+    for name in ["Base", *args.scripts]:
+        ranks, accumulation = (1, 1) if name == "Base" else (args.ranks, args.accumulation)
+        run = train(name, ranks, accumulation, args)
+        base = base or run
         differences = [apart(run, base, field) for field in ("loss", "validation_loss")]
         largest = max(largest, *differences)
-        rows.append(row(name, args.ranks, args.accumulation, differences, run))
+        losses = [fields["loss"] for fields in run.values()]
+        ends = [f"{loss:.6f}" for loss in (losses[0], losses[-1])]
+        rows.append([name, ranks, accumulation, *(f"{difference:.1e}" for difference in differences), *ends])
     print(table(HEADS, rows))
     return largest
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--scripts", nargs="+", choices=list(CASES), default=list(CASES), help="beside Base; all if left out")
+    others = list(CASES)[1:]
+    add("--scripts", nargs="+", choices=others, default=others, help="beside Base; all if left out")
     add("--ranks", type=int, choices=[1, 2, 4], default=2, help="of the ZeRO scripts (2)")
     add("--accumulation", type=int, choices=[1, 2, 4], default=1, help="micro batches a step; the batch stays (1)")
     add("--steps", type=int, default=20, help="optimizer steps (20)")
     add("--precision", choices=list(TOLERANCE), default="fp32", help="of weights and activations (fp32)")
     add("--tolerance", type=float, help="largest difference of a loss (1e-5 in fp32, 0.02 in bf16)")
     add("--seed", type=int, default=42, help="of all runs (42)")
-    return parser
-
-
-def main(words: list[str] | None = None) -> int:
-    args = build_parser().parse_args(words)
+    args = parser.parse_args(words)
     tolerance = args.tolerance or TOLERANCE[args.precision]
     args.folder = Path(tempfile.mkdtemp(prefix="parity-"))
     try:
