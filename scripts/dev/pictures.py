@@ -5,11 +5,11 @@
 
 stages    bytes of model states that a rank keeps at two ranks, as plan_memory.py computes them
 losses    losses.json, of runs of the six scripts with --dataset DIR --tokenizer bpe:1024 --n_layer 2 --n_head 4
-          --d_model 128 --block_size 64 --dropout 0 --precision fp32 --max_steps 100 --warmup_steps 20 --log_interval 1
+          --d_model 128 --block_size 64 --dropout 0 --precision fp32 --max_steps 100 --log_interval 1
           --save_interval 0 --eval_interval 0, Base with --batch_size 16, the others on two ranks with 8
 run       run.txt, what that command printed, without the lines of the launcher, DeepSpeed and PyTorch
 
-Each SVG carries its data as the description in its metadata, by which tests/unit/test_pictures.py knows it.
+Each SVG of a chart carries its data as the description in its metadata.
 """
 
 import argparse
@@ -34,26 +34,19 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 4)), (0, (1, 3)))
 
 def stages():
     """By bar: the bytes of one parameter's states, by kind, that a rank of two keeps."""
-    found = {}
-    for name, stage in (("Base", 0), ("ZeRO-1", 1), ("ZeRO-2", 2), ("ZeRO-3", 3)):
-        found[name] = formula(1, 2, stage)
-    offload = formula(1, 2, 2)
-    found["Offload, GPU"] = offload | {"optimizer_states": 0}
-    found["Offload, host"] = {"parameters": 0, "gradients": 0, "optimizer_states": offload["optimizer_states"]}
+    found = {name: formula(1, 2, stage) for stage, name in enumerate(("Base", "ZeRO-1", "ZeRO-2", "ZeRO-3"))}
+    found["Offload, GPU"] = found["ZeRO-2"] | {"optimizer_states": 0}
+    found["Offload, host"] = found["ZeRO-2"] | {"parameters": 0, "gradients": 0}
     return found
 
 
-def losses():
-    return read_json(FOLDER / "losses.json")
-
-
 def draw_stages(axes, data):
-    left = dict.fromkeys(data, 0.0)
+    names, left = list(data), [0.0] * len(data)
     for kind, colour in KINDS.items():
-        sizes = [data[name][kind] for name in data]
-        axes.barh(list(data), sizes, left=list(left.values()), color=colour, label=kind.replace("_", " "))
-        left = {name: left[name] + data[name][kind] for name in data}
-    for name, total in left.items():
+        sizes = [data[name][kind] for name in names]
+        axes.barh(names, sizes, left=left, color=colour, label=kind.replace("_", " "))
+        left = [below + size for below, size in zip(left, sizes, strict=True)]
+    for name, total in zip(names, left, strict=True):
         axes.text(total + 0.2, name, f"{total:g}P", va="center")
     axes.invert_yaxis()
     axes.set(xlabel="bytes of model states on a rank, P parameters, 2 ranks, 16-bit Adam", xlim=(0, 18))
@@ -67,38 +60,37 @@ def draw_losses(axes, data):
     axes.set(xlabel="optimizer step", ylabel="train loss, nats per token")
 
 
-def draw(name, theme, data, path):
+def draw(name, chart, data, theme, folder):
     ink, paper = THEMES[theme]
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with pyplot.rc_context(dict.fromkeys(inks, ink) | {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 12}):
         figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained", facecolor=paper)
         axes.set_facecolor(paper)
         axes.spines[["top", "right"]].set_visible(False)
-        {"stages": draw_stages, "losses": draw_losses}[name](axes, data)
+        chart(axes, data)
         axes.legend(frameon=False)
-        figure.savefig(path, metadata={"Date": None, "Description": json.dumps(data)})
+        figure.savefig(folder / f"{name}-{theme}.svg", metadata={"Date": None, "Description": json.dumps(data)})
         pyplot.close(figure)
 
 
-def draw_terminal(theme, text, path):
+def draw_terminal(lines, theme, folder):
     ink, paper = THEMES[theme]
-    lines = text.splitlines()
     width, height = 8.4 * max(map(len, lines)) + 32, 19 * len(lines) + 28
-    rows = [f'<text x="16" y="{29 + 19 * number}">{html.escape(line)}</text>' for number, line in enumerate(lines)]
-    style = f'fill="{ink}" font-family="monospace" font-size="14" xml:space="preserve"'
     size = f'viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
     body = f'<rect width="100%" height="100%" rx="8" fill="{paper}" stroke="{ink}" stroke-opacity="0.3"/>'
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{body}<g {style}>\n' + "\n".join(rows) + "\n</g></svg>\n"
-    )
+    style = f'fill="{ink}" font-family="monospace" font-size="14" xml:space="preserve"'
+    rows = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{body}<g {style}>']
+    for number, line in enumerate(lines):
+        rows.append(f'<text x="16" y="{29 + 19 * number}">{html.escape(line)}</text>')
+    (folder / f"run-{theme}.svg").write_text("\n".join([*rows, "</g></svg>"]) + "\n")
 
 
 def draw_all(folder):
     matplotlib.use("Agg")
     for theme in THEMES:
-        for name, data in (("stages", stages()), ("losses", losses())):
-            draw(name, theme, data, folder / f"{name}-{theme}.svg")
-        draw_terminal(theme, (FOLDER / "run.txt").read_text(), folder / f"run-{theme}.svg")
+        draw("stages", draw_stages, stages(), theme, folder)
+        draw("losses", draw_losses, read_json(FOLDER / "losses.json"), theme, folder)
+        draw_terminal((FOLDER / "run.txt").read_text().splitlines(), theme, folder)
 
 
 def main():
@@ -106,13 +98,12 @@ def main():
     parser.add_argument("--runs", nargs="+", type=Path, metavar="RUN", help="--output_dir of runs; its name is shown")
     args = parser.parse_args()
     if args.runs:
-        found = {
-            run.name: {step: row["loss"] for step, row in read_metrics(run).items() if "loss" in row}
-            for run in args.runs
-        }
+        found = {}
+        for run in args.runs:
+            found[run.name] = {step: fields["loss"] for step, fields in read_metrics(run).items()}
         (FOLDER / "losses.json").write_text(json.dumps(found) + "\n")
     draw_all(FOLDER)
-    base, *others = losses().values()
+    base, *others = read_json(FOLDER / "losses.json").values()
     apart = max(abs(curve[step] - base[step]) for curve in others for step in base)
     print(f"drew {FOLDER}; {len(base)} steps, no loss is more than {apart:.1e} from the first run's")
 
