@@ -31,6 +31,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import psutil
@@ -38,11 +39,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from benchmark import write_data
-from common import ROOT, SCRIPTS, ToolError, exit_with, mfu
-from gpu_runs import GIB, Failed, Launch, Launcher, Run, Skipped, reason, shares_of_kinds
+from common import ROOT, SCRIPTS, ToolError, exit_with, mfu, read_json
+from gpu_runs import GIB, Launch, Launcher, Run, Skipped, reason, shares_of_kinds
 
 PARTS = ("start", "ledger", "parity", "speed", "profile", "offload", "nvme")
-BASE, ZERO1, ZERO2, ZERO3, OFFLOAD, MULTIHOSTS = SCRIPTS
+BASE, ZERO1, _, ZERO3, OFFLOAD, _ = SCRIPTS
 STEPS = 10  # optimizer steps of the runs that start, ledger and parity share
 TOLERANCE = {"bf16": 0.02, "fp32": 1e-3}  # largest loss difference to a CPU in fp32, at any step
 SLACK, WORKSPACE = 0.02, 2**27  # the allocator may hold 2 % and 128 MiB more than the ledger: batch, cuBLAS, rounding
@@ -56,34 +57,21 @@ class Row(NamedTuple):
     what: str
     wanted: str
     launches: list[Launch]
-    judge: Callable[..., str]  # of a Run for each launch; what was found; raises Failed or Skipped
-
-
-class Plan(NamedTuple):
-    """What differs between a check on GPUs and its rehearsal on a CPU."""
-
-    device: str
-    ranks: int
-    small: str  # flags of start, ledger and parity
-    speed: str
-    too_large: str  # what Base cannot hold under the limit
-    offloaded: str
-    limit_gib: float
-    nvme: str
+    judge: Callable[..., str]  # of a Run for each launch; what was found; raises ToolError or Skipped
 
 
 def shape(n_layer: int, n_head: int, d_model: int, block_size: int) -> str:
     return f"--n_layer {n_layer} --n_head {n_head} --d_model {d_model} --block_size {block_size} --dropout 0"
 
 
-def make_plan(device: str, data: str) -> Plan:
-    """Raises ToolError where there is no GPU to check."""
+def make_plan(device: str, data: str) -> SimpleNamespace:
+    """What differs between GPUs and the rehearsal on a CPU. Raises ToolError where there is no GPU to check."""
     text = "--dataset sample --tokenizer bpe:"
     if device == "cpu":  # Offload saves nothing there, so that Base gets a model of 51 billion parameters
-        tiny, huge, layer = shape(2, 4, 64, 32), shape(1, 4, 65536, 32), shape(1, 4, 640, 32)
-        lean = f"{text}512 --batch_size 1"
-        small = f"{tiny} {text}512"
-        return Plan("cpu", 2, small, f"{small} --batch_size 4", f"{huge} {lean}", f"{tiny} {lean}", 32, layer)
+        small, lean = f"{shape(2, 4, 64, 32)} {text}512", f"{text}512 --batch_size 1"
+        plan = {"ranks": 2, "small": small, "speed": f"{small} --batch_size 4", "nvme": shape(1, 4, 640, 32)}
+        plan |= {"too_large": f"{shape(1, 4, 65536, 32)} {lean}", "offloaded": f"{shape(2, 4, 64, 32)} {lean}"}
+        return SimpleNamespace(device=device, limit_gib=32, **plan)
     if not torch.cuda.is_available():
         raise ToolError(f"no NVIDIA GPU: torch {torch.__version__} sees none. --device cpu rehearses the check")
     memory, host = torch.cuda.get_device_properties(0).total_memory, psutil.virtual_memory().available
@@ -95,9 +83,10 @@ def make_plan(device: str, data: str) -> Plan:
         if needed < 0.9 * memory / GIB and 24 * parameters + 8 * GIB < host:  # there lie Offload's optimizer states
             large, limit = size, needed
     offloaded = f"{shape(*large, 1024)} {data} --batch_size 1 --activation_checkpointing"
-    speed, small = f"{shape(12, 12, 768, 1024)} {data} --batch_size {batch}", shape(12, 12, 768, 256)
-    ranks = torch.cuda.device_count()
-    return Plan("cuda", ranks, f"{small} {text}8192", speed, offloaded, offloaded, limit, shape(4, 12, 768, 256))
+    plan = {"small": f"{shape(12, 12, 768, 256)} {text}8192", "nvme": shape(4, 12, 768, 256)}
+    plan |= {"speed": f"{shape(12, 12, 768, 1024)} {data} --batch_size {batch}"}
+    plan |= {"too_large": offloaded, "offloaded": offloaded, "limit_gib": limit}
+    return SimpleNamespace(device=device, ranks=torch.cuda.device_count(), **plan)
 
 
 # What is looked for in the runs.
@@ -109,7 +98,7 @@ def describe(run: Run) -> str:
 def trains(run: Run) -> str:
     losses = run.series("loss")
     if not losses[-1] < losses[0]:
-        raise Failed(describe(run))
+        raise ToolError(describe(run))
     return describe(run)
 
 
@@ -117,7 +106,7 @@ def agrees(run: Run, on_cpu: Run) -> str:
     tolerance = TOLERANCE["fp32" if "precision fp32" in run.screen else "bf16"]
     apart = max(abs(a - b) for a, b in zip(run.series("loss"), on_cpu.series("loss"), strict=True))
     if not apart <= tolerance:
-        raise Failed(f"{apart:.1e}")
+        raise ToolError(f"{apart:.1e}")
     return f"{apart:.1e}"
 
 
@@ -130,7 +119,7 @@ def holds(run: Run) -> str:
     on_gpu = sum(row["held"] for name, row in sizes["ledger"].items() if name.endswith(" on cuda"))
     found = f"ledger {on_gpu / GIB:.3f} GiB, allocator {sizes['allocated'] / GIB:.3f} GiB"
     if problems or not on_gpu <= sizes["allocated"] <= on_gpu * (1 + SLACK) + WORKSPACE:
-        raise Failed("; ".join([found, *problems]))
+        raise ToolError("; ".join([found, *problems]))
     return found
 
 
@@ -147,13 +136,13 @@ def fast(run: Run, base: Run) -> str:
     slow = run is base and share < BARS["compiled" if args["compile"] else "eager"]
     alone = args["zero_stage"] == 1 and args["world_size"] == 1 and not args["compile"]
     if slow or (alone and rate < ZERO1_BAR * beside):
-        raise Failed(found)
+        raise ToolError(found)
     return found
 
 
 def outgrows(base: Run, offloaded: Run) -> str:
     if not base.code or not re.search("out of memory|allocate memory|enough memory", base.screen.lower()):
-        raise Failed(f"Base ended with exit code {base.code}: {reason(base.screen)}")
+        raise ToolError(f"Base ended with exit code {base.code}: {reason(base.screen)}")
     return f"Base: out of memory; Offload: {describe(offloaded)}"
 
 
@@ -162,11 +151,11 @@ def lies_on_disk(run: Run) -> str:
         raise Skipped("DeepSpeed cannot compile its NVMe op: it wants libaio-dev, and on a GPU nvcc")
     swapped = sum(path.stat().st_size for path in run.output.with_name("nvme").rglob("*") if path.is_file())
     if run.code or not swapped:
-        raise Failed(f"exit code {run.code}, {swapped} bytes on disk: {reason(run.screen)}")
+        raise ToolError(f"exit code {run.code}, {swapped} bytes on disk: {reason(run.screen)}")
     return f"{swapped / GIB:.3f} GiB on disk, {describe(run)}"
 
 
-def make_rows(plan: Plan, folder: Path) -> list[Row]:
+def make_rows(plan: SimpleNamespace, folder: Path) -> list[Row]:
     def launch(script: str, flags: str, **fields: object) -> Launch:
         return Launch(script, flags, **{"ranks": 1 if script == BASE else plan.ranks, "device": plan.device} | fields)
 
@@ -183,7 +172,7 @@ def make_rows(plan: Plan, folder: Path) -> list[Row]:
     rows += [Row("ledger", run.script, "the allocator's and the formulas' bytes", [run], holds) for run in bf16]
     rows += [Row("parity", f"{run.script}, bf16", f"{TOLERANCE['bf16']}", [run, on_cpu], agrees) for run in bf16]
     for mode, more, seconds in (("eager", "", 45), ("compiled", "--compile", 90)):
-        runs = [timed(script, more, stop=50, seconds=seconds) for script in (BASE, ZERO1, ZERO2, ZERO3)]
+        runs = [timed(script, more, stop=50, seconds=seconds) for script in SCRIPTS[:4]]
         bars = {BASE: f"MFU {BARS[mode]:.0%}", ZERO1: f"eager on one GPU {ZERO1_BAR}x Base"}
         for run in runs:
             bar = bars.get(run.script, "it runs")
@@ -191,12 +180,11 @@ def make_rows(plan: Plan, folder: Path) -> list[Row]:
     for more in ("", "--compile"):
         run = timed(BASE, more, stop=10, profile=True, seconds=60 if more else 30)
         rows.append(Row("profile", f"{BASE} {more}", "it is measured", [run], shares_of_kinds))
-    fields = {"ranks": 1, "limit_gib": plan.limit_gib, "stop": 4}
-    few = "--max_steps 1000 --log_interval 1"
+    few, fields = "--max_steps 1000 --log_interval 1", {"ranks": 1, "limit_gib": plan.limit_gib, "stop": 4}
     base = launch(BASE, f"{plan.too_large} {few}", may_fail=True, seconds=60, **fields)
     offloaded = launch(OFFLOAD, f"{plan.offloaded} {few}", seconds=150, **fields)
-    what = f"{OFFLOAD} under {plan.limit_gib:.1f} GiB"
     if plan.limit_gib:  # some size is right for this machine
+        what = f"{OFFLOAD} under {plan.limit_gib:.1f} GiB"
         rows.append(Row("offload", what, "Base fails, Offload trains", [base, offloaded], outgrows))
     exact = [short(script, "fp32") for script in (BASE, ZERO3)]
     rows += [Row("parity", f"{run.script}, fp32", f"{TOLERANCE['fp32']}", [run, on_cpu], agrees) for run in exact]
@@ -214,14 +202,12 @@ def judge(row: Row, launcher: Launcher) -> list[str]:
         found = row.judge(*(launcher.run(launch) for launch in row.launches))
     except Skipped as why:
         verdict, found = "skipped", str(why)
-    except Failed as failure:
-        verdict, found = "FAIL", str(failure)
     except (ToolError, OSError, ValueError, LookupError) as error:  # a run left something else than it has to
-        verdict, found = "FAIL", repr(error)
+        verdict, found = "FAIL", str(error) if isinstance(error, ToolError) else repr(error)
     return [row.part, row.what, found.replace("|", "/"), row.wanted, verdict]
 
 
-def machine(plan: Plan) -> str:
+def machine(plan: SimpleNamespace) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     memory = psutil.virtual_memory().total / GIB
     host = f"{os.cpu_count()} CPU cores, {memory:.0f} GiB; {packages}, Python {platform.python_version()}"
@@ -233,7 +219,7 @@ def machine(plan: Plan) -> str:
     return f"{gpus}; {host}."
 
 
-def write_page(path: Path, plan: Plan, found: list[list[str]], seconds: float) -> None:
+def write_page(path: Path, plan: SimpleNamespace, found: list[list[str]], seconds: float) -> None:
     verdicts = [cells[-1] for cells in found]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("ok", "FAIL", "skipped"))
     lines = ["# GPU check", "", machine(plan), "", "```bash", shlex.join(["python", *sys.argv]), "```", ""]
@@ -242,21 +228,16 @@ def write_page(path: Path, plan: Plan, found: list[list[str]], seconds: float) -
     path.write_text("\n".join(lines + [f"| {' | '.join(cells)} |" for cells in found]) + "\n", encoding="utf-8")
 
 
-def prepare(folder: Path, device: str) -> Plan:
-    """The data of the speed part, and the JSON of the part nvme."""
-    data = write_data(folder / "data", 50257, 600, 1024) if device == "cuda" else []
-    config = json.loads((ROOT / "configs/zero_infinity.json").read_text())
-    (folder / "nvme").mkdir()
-    for name in ("offload_optimizer", "offload_param"):
-        config["zero_optimization"][name]["nvme_path"] = str(folder / "nvme")
-    (folder / "nvme.json").write_text(json.dumps(config))
-    return make_plan(device, " ".join(data))
-
-
 def check(args: argparse.Namespace, folder: Path) -> bool:
     """Whether no row failed."""
     start, found = time.monotonic(), []
-    plan, launcher = prepare(folder, args.device), Launcher(folder, start + 60 * args.minutes)
+    data = write_data(folder / "data", 50257, 600, 1024) if args.device == "cuda" else []
+    plan, launcher = make_plan(args.device, " ".join(data)), Launcher(folder, start + 60 * args.minutes)
+    config = read_json(ROOT / "configs/zero_infinity.json")
+    for name in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][name]["nvme_path"] = str(folder / "nvme")
+    (folder / "nvme").mkdir()
+    (folder / "nvme.json").write_text(json.dumps(config))
     for row in (row for row in make_rows(plan, folder) if row.part in args.parts):
         if args.dry_run:
             print(f"{row.part}: {row.what}; wanted: {row.wanted}; about {launcher.seconds(row.launches)} s")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from benchmark import end
-from common import ROOT, launch_command, launch_environment, load_script, read_metrics
+from common import ROOT, ToolError, launch_command, launch_environment, load_script, read_metrics
 
 GIB = 2**30
 KERNELS = {  # kind: what its kernels' names have, the first that fits; on a CPU names of operators
@@ -31,10 +32,6 @@ KERNELS = {  # kind: what its kernels' names have, the first that fits; on a CPU
     "copies": "mem(cpy|set)|copy|cat",
     "elementwise": "elementwise|gelu|dropout|add|mul|triton",
 }
-
-
-class Failed(Exception):
-    """What a row did not find."""
 
 
 class Skipped(Exception):
@@ -122,12 +119,12 @@ class Launcher:
         return [*start, json.dumps(options), launch.script, *flags, "--output_dir", str(output)]
 
     def run(self, launch: Launch) -> Run:
-        """Raises Failed with the run's own message."""
+        """Raises ToolError with the run's own message."""
         if launch not in self.known:
             self.known[launch] = self.first(launch, self.folder / f"run{len(self.known)}")
         run = self.known[launch]
         if run.code and not launch.may_fail:
-            raise Failed(f"{launch.script}, exit code {run.code}: {reason(run.screen)}")
+            raise ToolError(f"{launch.script}, exit code {run.code}: {reason(run.screen)}")
         return run
 
     def first(self, launch: Launch, output: Path) -> Run:
@@ -159,14 +156,12 @@ def reason(screen: str) -> str:
 
 def shares_of_kinds(run: Run) -> str:
     """A profiled step's time by kind of kernel."""
-    kinds = dict.fromkeys([*KERNELS, "other"], 0.0)
+    kinds = Counter()
     for name, microseconds in run.json("kernels0.json"):
         fits = [kind for kind, words in KERNELS.items() if re.search(words, name.lower())]
         kinds[(fits or ["other"])[0]] += microseconds
-    total = sum(kinds.values()) or 1.0
-    shares = [
-        f"{kind} {value / total:.0%}" for kind, value in sorted(kinds.items(), key=lambda item: -item[1]) if value
-    ]
+    total = kinds.total() or 1.0
+    shares = [f"{kind} {value / total:.0%}" for kind, value in kinds.most_common()]
     return f"{total / 1000:.1f} ms: {', '.join(shares)}"
 
 

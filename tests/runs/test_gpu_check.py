@@ -65,5 +65,5 @@ def test_wrong_runs_fail(gpu, tmp_path):
     assert gpu.holds(good) == "ledger 1.000 GiB, allocator 1.062 GiB" and "MFU 39.9%" in gpu.fast(good, good)
     bad = made_up_run(gpu, tmp_path, [6.0, 6.5, 7.0], allocated=2**31, rate=350_000)
     for judge, runs in ((gpu.trains, [bad]), (gpu.agrees, [bad, good]), (gpu.holds, [bad]), (gpu.fast, [bad, bad])):
-        with pytest.raises(gpu.Failed):
+        with pytest.raises(gpu.ToolError):
             judge(*runs)
