@@ -18,7 +18,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -86,7 +85,6 @@ def draw_terminal(lines, theme, folder):
 
 
 def draw_all(folder):
-    matplotlib.use("Agg")
     for theme in THEMES:
         draw("stages", draw_stages, stages(), theme, folder)
         draw("losses", draw_losses, read_json(FOLDER / "losses.json"), theme, folder)
