@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -68,13 +69,12 @@ def kill_one(name: str, output: Path, steps: int, dice: random.Random) -> str:
     moment = dice.choice(("starting", "training", "saving"))
     launcher = start(name, output, steps)
     wait_for(moment, output, launcher, dice)
-    try:
+    with suppress(psutil.NoSuchProcess):
         while launcher.poll() is None and not (victims := ranks_of(launcher, name)):
             time.sleep(0.01)  # torchrun has not started them yet
         if launcher.poll() is None:
-            os.kill(dice.choice(victims).pid, signal.SIGKILL)
-        launcher.wait(PATIENCE_S)
-    except (psutil.NoSuchProcess, ProcessLookupError):
+            dice.choice(victims).kill()
+    try:
         launcher.wait(PATIENCE_S)
     except subprocess.TimeoutExpired as error:
         os.killpg(launcher.pid, signal.SIGKILL)
