@@ -30,7 +30,7 @@ from typing import NamedTuple
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from common import ROOT, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
+from common import ROOT, SCRIPTS, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
 
 RIVALS = "scripts/dev/rivals.py"
 SKIPPED = 3  # first steps: caches fill, and the second counts its memory
@@ -46,17 +46,15 @@ class Contestant(NamedTuple):
 
 
 CONTESTANTS = {
-    "base": Contestant(("GPTLike-Base.py",), False, ("nanogpt", "original")),
+    "base": Contestant((SCRIPTS[0],), False, ("nanogpt", "original")),
     "nanogpt": Contestant((RIVALS, "nanogpt"), False, ()),
     "original": Contestant((RIVALS, "original"), False, ()),
     "ddp": Contestant((RIVALS, "ddp"), True, ()),
 }
 for stage in (1, 2, 3):
     config = ("--ds_config", f"configs/zero{stage}.json")
-    script = f"DeepSpeed-GPTLike-ZeRO-{stage}.py"
-    CONTESTANTS[f"zero{stage}"] = Contestant((script, *config), True, ("ddp", f"trainer{stage}"))
+    CONTESTANTS[f"zero{stage}"] = Contestant((SCRIPTS[stage], *config), True, ("ddp", f"trainer{stage}"))
     CONTESTANTS[f"trainer{stage}"] = Contestant((RIVALS, "trainer", *config), True, ())
-OURS = ["base", "zero1", "zero2", "zero3"]
 
 
 class Measured(NamedTuple):
@@ -110,13 +108,11 @@ def command(name: str, data: list[str], output: Path, args: argparse.Namespace) 
 
 def end(process: subprocess.Popen) -> None:
     """Kill a run and its ranks: torchrun's are in its session, but in process groups of their own."""
-    family = []
     with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
+        for member in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
     process.kill()
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
     process.wait()
 
 
@@ -200,11 +196,10 @@ def heading(args: argparse.Namespace) -> str:
     bf16 = "with" if "bf16" in cpu else "without"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     shape = f"{args.n_layer} layers, d_model {args.d_model}, {args.n_head} heads, {args.batch_size} x {args.block_size}"
-    return (
-        f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores {bf16} bf16 instructions; "
-        f"{packages}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}.\n"
-        f"{shape} tokens, dropout {args.dropout}, {args.precision}, rounds {args.rounds}, steps {args.steps}."
-    )
+    machine = f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} cores {bf16} bf16 instructions"
+    software = f"{packages}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
+    runs = f"dropout {args.dropout}, {args.precision}, rounds {args.rounds}, steps {args.steps}"
+    return f"{machine}; {software}.\n{shape} tokens, {runs}."
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> None:
@@ -237,7 +232,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=default, help=f"of the model and its batch, all ranks together ({default})")
     add("--dropout", type=float, default=0.1, help="as each contestant uses it (0.1)")
     args = parser.parse_args(words)
-    args.contestants = args.contestants or (OURS if args.startup else list(CONTESTANTS))
+    args.contestants = args.contestants or (["base", "zero1", "zero2", "zero3"] if args.startup else list(CONTESTANTS))
     args.vocab = args.vocab or ([8192] if args.startup else [8192, 50257])
     args.steps = args.steps or (1 if args.startup else 12)
     if not args.startup and args.steps <= SKIPPED:

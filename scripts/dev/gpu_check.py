@@ -200,10 +200,9 @@ def judge(row: Row, launcher: Launcher) -> list[str]:
         if needed > left:
             raise Skipped(f"it takes about {needed} s, and of --minutes {max(0, left):.0f} s are left")
         found = row.judge(*(launcher.run(launch) for launch in row.launches))
-    except Skipped as why:
-        verdict, found = "skipped", str(why)
     except (ToolError, OSError, ValueError, LookupError) as error:  # a run left something else than it has to
-        verdict, found = "FAIL", str(error) if isinstance(error, ToolError) else repr(error)
+        verdict = "skipped" if isinstance(error, Skipped) else "FAIL"
+        found = str(error) if isinstance(error, ToolError) else repr(error)
     return [row.part, row.what, found.replace("|", "/"), row.wanted, verdict]
 
 

@@ -34,7 +34,7 @@ KERNELS = {  # kind: what its kernels' names have, the first that fits; on a CPU
 }
 
 
-class Skipped(Exception):
+class Skipped(ToolError):
     """Why a row cannot be found here."""
 
 

@@ -79,8 +79,7 @@ def compare(args: argparse.Namespace) -> float:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    others = list(CASES)[1:]
-    add("--scripts", nargs="+", choices=others, default=others, help="beside Base; all if left out")
+    add("--scripts", nargs="+", choices=list(CASES)[1:], default=list(CASES)[1:], help="beside Base; all if left out")
     add("--ranks", type=int, choices=[1, 2, 4], default=2, help="of the ZeRO scripts (2)")
     add("--accumulation", type=int, choices=[1, 2, 4], default=1, help="micro batches a step; the batch stays (1)")
     add("--steps", type=int, default=20, help="optimizer steps (20)")

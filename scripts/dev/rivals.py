@@ -3,7 +3,8 @@
     python scripts/dev/rivals.py nanogpt --dataset sample --max_steps 20 --output_dir runs/nanogpt
     torchrun --nproc_per_node 2 scripts/dev/rivals.py ddp --dataset sample --max_steps 20 --output_dir runs/ddp
 
-nanogpt    nanoGPT's model and step: no biases, fp32 weights under autocast, AdamW that is not fused on a CPU
+nanogpt    the model and step of https://github.com/karpathy/nanoGPT: dropout in the attention too, no biases, fp32
+           weights under autocast, AdamW that is not fused on a CPU
 original   what the tutorial's first scripts do: nn.MultiheadAttention with a boolean mask, fp32, unfused AdamW, no
            clipping, loss.item() twice each micro batch
 ddp        GPTLike-Base.py's model and optimizer in DistributedDataParallel
@@ -11,8 +12,6 @@ trainer    transformers' Trainer: examples/with_trainer.py on --ds_config, but f
 
 The flags are GPTLike-Base.py's, and so are the data: all read the same tokens in the same order and leave the same
 metrics.jsonl. A rival does not validate, saves nothing and is not resumed.
-
-Source: https://github.com/karpathy/nanoGPT (model.py, train.py)
 """
 
 import argparse
@@ -195,12 +194,11 @@ def train_with_trainer(args: argparse.Namespace) -> None:
                 record_step(state.global_step, float(logs["loss"]), time.perf_counter() - self.clock, args)
                 self.clock = time.perf_counter()
 
-    config = read_config(args.ds_config)
+    args.ds_config = config = read_config(args.ds_config)
     config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
     config["train_micro_batch_size_per_gpu"] = args.batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["bf16"]["enabled"] = args.precision == "bf16"
-    args.ds_config = config
     with_trainer.Trainer = functools.partial(Trainer, callbacks=[Recorder()])
     with_trainer.main(args, config)
 
