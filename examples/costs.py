@@ -4,14 +4,15 @@
     python examples/costs.py --d_model 8192 --n_layer 80 --n_head 64 --block_size 4096
 
 Arithmetic only, in 16 bits. P parameters, N ranks, of which groups of G (at most 8, the GPUs of a host) divide the
-model; the N/G groups read other samples. A = tokens x d_model elements, the activations between two blocks.
+model; the N/G groups read other samples. There are as many sequences as ranks: a group trains its G sequences together.
+A = G x tokens x d_model elements, the activations of a group between two blocks.
 
 ZeRO-3              16P/N bytes                     sends 3P (N-1)/N
-pipeline, ZeRO-1    4P/G + 12P/N                    sends 2A, and 2P/G between groups
+pipeline, ZeRO-1    4P/G + 12P/N                    sends 2A, the tied embedding's gradient, and 2P/G between groups
 tensor, ZeRO-1      4P/G + 12P/N                    sends 4 all-reduces of A a block, and 2P/G between groups
 sequence, ZeRO-3    16P/N, activations A/G          sends ZeRO-3's, and 8 all-to-all of A/G a block
 experts, ZeRO-1     G experts in each second block, one on a rank: 4P + 12E G/N + 12 (P-E)/N, where E of the dense
-                    model's parameters are an expert now; sends 4 all-to-all of A in each such block, and the
+                    model's parameters are an expert now; sends 4 all-to-all of A/G in each such block, and the
                     gradients. The model has (G-1) E more parameters than the others
 An all-reduce sends 2 (G-1)/G of its size, an all-to-all (G-1)/G.
 
@@ -36,21 +37,23 @@ def ways(model, ranks):
     """By name: the model's parameters, a rank's bytes of states, and the elements that it sends."""
     parameters, group = model.parameters, min(8, ranks)
     groups, inside = ranks // group, (group - 1) / group
-    activations = model.block_size * model.d_model
+    activations = group * model.block_size * model.d_model
+    embedding = model.vocab_size * model.d_model
     zero3 = sum(formula(parameters, ranks, 3).values())
     divided = 4 * parameters / group + 12 * parameters / ranks
     gathers = 3 * parameters * (ranks - 1) / ranks
     reduces = 4 * model.n_layer * activations * 2 * inside
     layers = model.n_layer // 2
     experts = layers * 8 * model.d_model**2
+    own = activations / group
     held = 4 * parameters + 12 * experts / groups + 12 * (parameters - experts) / ranks
     gradients = between(experts, groups) + between(parameters - experts, ranks)
     return {
         "ZeRO-3": (parameters, zero3, gathers),
-        "pipeline, ZeRO-1": (parameters, divided, 2 * activations + between(parameters / group, groups)),
+        "pipeline, ZeRO-1": (parameters, divided, 2 * activations + embedding + between(parameters / group, groups)),
         "tensor, ZeRO-1": (parameters, divided, reduces + between(parameters / group, groups)),
         "sequence, ZeRO-3": (parameters, zero3, gathers + 8 * model.n_layer * activations / group * inside),
-        "experts, ZeRO-1": (parameters + (group - 1) * experts, held, 4 * layers * activations * inside + gradients),
+        "experts, ZeRO-1": (parameters + (group - 1) * experts, held, 4 * layers * own * inside + gradients),
     }
 
 

@@ -1,8 +1,8 @@
 """This GPT as a pipeline: each rank holds some of the layers, and micro batches travel from rank to rank.
 
 With two stages on two ranks, rank 0 holds the embeddings and the first blocks, rank 1 the other blocks, the head and
-the loss. While rank 1 works on a micro batch, rank 0 works on the next one. What they send are activations, batch x
-seq x d_model elements a micro batch each way, and no weights.
+the loss. While rank 1 works on a micro batch, rank 0 works on the next one. They send activations, batch x seq x
+d_model elements a micro batch each way, and once a step the gradient of the tied embedding.
 On four ranks two such pipelines stand side by side, each with its half of the samples: pipeline x data parallelism.
 ZeRO-1 then partitions a stage's optimizer states over its two copies. DeepSpeed refuses ZeRO-2 and ZeRO-3 in a
 pipeline. Tensor parallelism inside of a stage has to come from the layers themselves, as in Megatron-DeepSpeed: AutoTP
@@ -63,7 +63,7 @@ def mean_loss(logits, targets):
 
 
 def layers_of(model, args):
-    """What each stage builds of this list is on its rank alone. model: the whole GPT, on the CPU."""
+    """Each rank builds only its stage's layers from this list. model: the whole GPT on the CPU, for Base's weights."""
     tokens, positions = model.token_embedding.weight, model.position_embedding.weight
     return [
         TiedLayerSpec("tokens", Tokens, tokens),
@@ -76,7 +76,9 @@ def layers_of(model, args):
 
 def main(args, config):
     if RANKS % args.stages or args.stages > args.n_layer:
-        raise base.UserError(f"--stages {args.stages} must divide the {RANKS} ranks, and each needs one of the blocks")
+        raise base.UserError(
+            f"--stages {args.stages} must divide the {RANKS} ranks and be at most --n_layer {args.n_layer}"
+        )
     if config["zero_optimization"]["stage"] > 1:
         raise base.UserError(
             "a pipeline accumulates whole gradients: take a JSON of stage 1, such as configs/zero1.json"
@@ -85,6 +87,7 @@ def main(args, config):
     set_device()
     model, samples = prepare(args, config)
     pipe = PipelineModule(layers_of(model, args), num_stages=args.stages, loss_fn=mean_loss)
+    del model
     engine, *_ = deepspeed.initialize(
         model=pipe, model_parameters=base.parameter_groups(pipe), lr_scheduler=schedule(args), config=config
     )

@@ -5,7 +5,7 @@ the second one the matching columns of the input. So a block needs two sums over
 the backward pass: 4 all-reduces of batch x seq x d_model elements, in the midst of the computing. It wants a fast
 link: the GPUs of one host. Embeddings and norms stay whole on every rank.
 DeepSpeed's AutoTP cuts the matrices; "partition_config" says which and how. On four ranks, --tensor_ranks 2 gives two
-such pairs with other samples, and ZeRO-1 or ZeRO-2 partitions over the pairs.
+groups with samples of their own, and ZeRO-1 or ZeRO-2 divides states between the groups.
 
 Run:
     torchrun --nproc_per_node 2 examples/tensor_parallel.py --tensor_ranks 2 --dataset sample --n_layer 2 --max_steps 10
@@ -39,7 +39,7 @@ def main(args, config):
         "partition_config": {"use_default_specs": False, "layer_specs": PARTITIONS},
     }
     for block in model.blocks:
-        block.attention.n_head //= args.tensor_ranks  # of this rank
+        block.attention.n_head //= args.tensor_ranks  # this rank's heads
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=base.parameter_groups(model), lr_scheduler=schedule(args), config=config
     )
