@@ -83,7 +83,6 @@ def test_inference_gives_equal_logits_and_text(base, tmp_path):
     [
         ("pipeline_parallel", ["--stages", 3], "--stages 3 must divide the 1 ranks"),
         ("pipeline_parallel", ["--stages", 1, "--ds_config", "configs/zero2.json"], "take a JSON of stage 1"),
-        ("pipeline_parallel", ["--stages", 1, "--ds_config", "configs/zero3.json"], "take a JSON of stage 1"),
         ("mixture_of_experts", ["--experts", 3], "--expert_ranks 2 must divide the 1 ranks and --experts 3"),
         ("mixture_of_experts", ["--expert_ranks", 1, "--ds_config", "configs/zero3.json"], "stage 1 or 2"),
         ("tensor_parallel", ["--tensor_ranks", 3], "--tensor_ranks 3 must divide the 1 ranks and --n_head 12"),
@@ -103,6 +102,10 @@ TRAIN = {  # on CPU ranks, too: script, and the least and the most bytes of opti
     "zenflow": (OFFLOAD, None, None),  # keeps them where the scripts do not look
     "zeropp_hpz": (ZERO3, 12, 12),
 }
+FEW_CORES = {
+    "muon": "DeepSpeed compiles Muon's step, which takes minutes on few cores",
+    "zenflow": "ZenFlow's own process takes cores for itself: with few of them a step can take minutes",
+}
 NO_CPU = "ops/op_builder/cpu/no_impl.py", "had not been implemented on CPU backend"
 GPU_ONLY = {  # and the file of deepspeed's whose words say so
     "deepcompile": ("ops/csrc/includes/deepcompile.h", "#include <ATen/cuda/"),
@@ -116,8 +119,8 @@ GPU_ONLY = {  # and the file of deepspeed's whose words say so
 @pytest.mark.parametrize("name", TRAIN)
 def test_a_variant_trains_on_cpu_ranks(name, tmp_path):
     script, least, most = TRAIN[name]
-    if name == "zenflow" and os.cpu_count() < 8:
-        pytest.skip("ZenFlow's own process takes cores for itself: with few of them a step can take minutes")
+    if os.cpu_count() < 8 and name in FEW_CORES:
+        pytest.skip(FEW_CORES[name])
     flags = ["--ds_config", VARIANTS / f"{name}.json", "--batch_size", 4, "--log_interval", 1, "--lr", "3e-3"]
     done = run(command(script, *SHAPE, *flags, "--output_dir", tmp_path / "run", ranks=2))
     assert done.returncode == 0, done.stdout + done.stderr

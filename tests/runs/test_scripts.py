@@ -100,8 +100,7 @@ def test_the_tutorials_own_json(tmp_path):
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("script", [ZERO1, ZERO3])
-def test_compile_and_accumulation(script, tmp_path):
+def test_compile_and_accumulation(tmp_path, script=ZERO3):
     train(script, tmp_path / "plain", *STEPS, "--dropout", "0", ranks=2)
     words = ("--compile", "--gradient_accumulation_steps", "4", "--batch_size", "1", "--dropout", "0")
     train(script, tmp_path / "other", *STEPS, *words, ranks=2)
