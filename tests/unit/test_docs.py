@@ -10,13 +10,15 @@ from conftest import ROOT, load_script
 
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:bash|sh|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python|torchrun|deepspeed) [^`]+)`")
 PATH = re.compile(r"(?<![\w/.-])((?:scripts|configs|docs|examples|tests)/[\w./-]*\w)")
 
 
 def commands(page) -> list[list[str]]:
-    """The words of each command line in a page's blocks, without comments, prompts and redirections."""
-    found = []
-    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+    """The words of each command in a page's blocks, and in a README's sentences, without comments and redirections."""
+    text, found = page.read_text(encoding="utf-8"), []
+    sentences = INLINE.findall(text) if page.name.startswith("README") else []
+    for block in BLOCK.findall(text) + sentences:
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"\s(?:&&|\||;|&)(?:\s|$)", line.split(" #")[0]):
                 if part.strip() and not part.lstrip().startswith("#"):
@@ -65,6 +67,15 @@ def test_paths_exist(page):
     assert not {path for path in missing if path != "configs/hostfile"}
 
 
-def test_both_readmes_hold_the_same_commands():
-    english, chinese = (commands(page) for page in PAGES[:2])
-    assert english == chinese
+def facts(page) -> tuple:
+    """Commands, pages linked to, levels of headings, and the figures of the prose."""
+    text = page.read_text(encoding="utf-8")
+    links = sorted(link.split("#")[0].replace(".zh-CN", "") for link in re.findall(r"\]\(([^)]+)\)", text))
+    prose = re.sub(r"```.*?```|\]\([^)]+\)", "", text, flags=re.DOTALL)
+    figures = sorted(re.findall(r"(?<![\w.])\d[\d,.]*\d(?:e-\d+)?|(?<![\w.])\d\b", prose))
+    return commands(page), links, re.findall(r"^#+ ", text, re.MULTILINE), figures
+
+
+def test_both_readmes_hold_the_same():
+    for english, chinese in zip(*map(facts, PAGES[:2]), strict=True):
+        assert english == chinese
