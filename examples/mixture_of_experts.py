@@ -10,7 +10,7 @@ what the gate chose.
 DeepSpeed trains it at ZeRO stages 0, 1 and 2, and refuses stage 3.
 
 Run:
-    torchrun --nproc_per_node 2 examples/mixture_of_experts.py --experts 4 --dataset sample --n_layer 2 --max_steps 10
+    torchrun --nproc_per_node 2 examples/mixture_of_experts.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
 
 Source: DeepSpeed-MoE, arXiv:2201.05596; Switch Transformer, arXiv:2101.03961; https://www.deepspeed.ai/tutorials/mixture-of-experts/
 """

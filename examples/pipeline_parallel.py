@@ -9,8 +9,8 @@ pipeline. Tensor parallelism inside of a stage has to come from the layers thems
 in a PipelineModule, tried on 2 x 2 ranks, fails in its first broadcast (0.19.8).
 
 Run:
-    torchrun --nproc_per_node 2 examples/pipeline_parallel.py --stages 2 --dataset sample --n_layer 4 --max_steps 10
-    torchrun --nproc_per_node 4 examples/pipeline_parallel.py --stages 2 --dataset sample --n_layer 4 --max_steps 10
+    torchrun --nproc_per_node 2 examples/pipeline_parallel.py --dataset sample --n_layer 4 --d_model 96 --max_steps 10
+    torchrun --nproc_per_node 4 examples/pipeline_parallel.py --dataset sample --n_layer 4 --d_model 96 --max_steps 10
 
 Source: GPipe, arXiv:1811.06965; https://www.deepspeed.ai/tutorials/pipeline/
 """

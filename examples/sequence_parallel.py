@@ -6,7 +6,7 @@ That is four times batch x seq / ranks x d_model elements a block and pass (quer
 Activations shrink by the number of ranks. Weights do not, and ZeRO partitions them as in data parallelism.
 
 Run:
-    torchrun --nproc_per_node 2 examples/sequence_parallel.py --dataset sample --n_layer 2 --block_size 96 --max_steps 9
+    torchrun --nproc_per_node 2 examples/sequence_parallel.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
 
 Source: DeepSpeed-Ulysses, arXiv:2309.14509; https://www.deepspeed.ai/tutorials/ds-sequence/
 """

@@ -8,7 +8,7 @@ DeepSpeed's AutoTP cuts the matrices; "partition_config" says which and how. On 
 groups with samples of their own, and ZeRO-1 or ZeRO-2 divides states between the groups.
 
 Run:
-    torchrun --nproc_per_node 2 examples/tensor_parallel.py --tensor_ranks 2 --dataset sample --n_layer 2 --max_steps 10
+    torchrun --nproc_per_node 2 examples/tensor_parallel.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
 
 Source: Megatron-LM, arXiv:1909.08053; https://www.deepspeed.ai/docs/config-json/
 """
