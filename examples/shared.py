@@ -108,7 +108,9 @@ def show_held(place: str, engine: torch.nn.Module) -> None:
 
 def start(main: Callable, doc: str, ds_config: str = "zero2.json", **own: object) -> None:
     """Read the flags and the JSON, run main(args, config), leave the process group. own: an example's own flags."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ds_config", default=str(ROOT / "configs" / ds_config), help="DeepSpeed's JSON")
     for name, value in (DEFAULTS | own).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"({value})")
