@@ -1,6 +1,7 @@
 """The scripts as their readers start them, and what a run leaves behind."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -115,6 +116,18 @@ def test_accumulation_of_base(tmp_path):
     train(BASE, tmp_path / "other", *STEPS, *words)
     pairs = zip(losses(tmp_path / "plain").values(), losses(tmp_path / "other").values(), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
+@pytest.mark.drill
+def test_another_version_of_torch(tmp_path):
+    """The image of a GPU host may bring another torch: OTHER_TORCH names the Python of an environment that has it."""
+    python = os.environ.get("OTHER_TORCH")
+    if not python:
+        pytest.skip("OTHER_TORCH=/path/to/python of an environment with another torch, such as 2.11.0, is not set")
+    for script in (BASE, ZERO1, ZERO2, ZERO3, MULTIHOSTS):
+        line = [python, str(ROOT / script), *TINY, *STEPS, "--output_dir", str(tmp_path / script)]
+        result = run(line)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.drill
