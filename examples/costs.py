@@ -10,6 +10,7 @@ A = G x tokens x d_model elements, the activations of a group between two blocks
 ZeRO-3              16P/N bytes                     sends 3P (N-1)/N
 pipeline, ZeRO-1    4P/G + 12P/N                    sends 2A, the tied embedding's gradient, and 2P/G between groups
 tensor, ZeRO-1      4P/G + 12P/N                    sends 4 all-reduces of A a block, and 2P/G between groups
+                    (AutoTP leaves the embeddings whole, here they count as divided)
 sequence, ZeRO-3    16P/N, activations A/G          sends ZeRO-3's, and 8 all-to-all of A/G a block
 experts, ZeRO-1     G experts in each second block, one on a rank: 4P + 12E G/N + 12 (P-E)/N, where E of the dense
                     model's parameters are an expert now; sends 4 all-to-all of A/G in each such block, and the
