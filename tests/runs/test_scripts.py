@@ -37,7 +37,7 @@ def test_alone_in_an_empty_folder(script, tmp_path):
     if script != BASE:
         shutil.copy(ROOT / "configs" / f"{CONFIG_OF[script]}.json", folder / "configs")
     words = command(script, *TINY, *STEPS, launcher="python")
-    words[1] = str(folder / script)
+    words[1] = script
     result = run(words, cwd=folder)
     assert result.returncode == 0, result.stderr
     output = folder / "runs" / script.removesuffix(".py")
