@@ -447,11 +447,11 @@ def start_distributed(args):
         elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
-        if args.local_rank == 0:  # PyTorch would wait for the lock of a run that was killed while it loaded a C++ op
-            locks = glob.glob(f"{Path('~/.cache/torch_extensions').expanduser().resolve()}/*/*/lock")
-            old = {lock for lock in locks if time.time() - os.path.getmtime(lock) > 3}  # or of another host
-            for lock in old.difference(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*")))):
-                os.remove(lock)
+        # PyTorch would wait without end for the lock of a run that was killed while it loaded a C++ op.
+        held = set(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*"))))
+        for lock in Path.home().glob(".cache/torch_extensions/*/*/lock"):
+            if str(lock.resolve()) not in held and time.time() - lock.stat().st_mtime > 3:  # younger: of another host?
+                lock.unlink(missing_ok=True)
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(seconds=args.timeout))
     args.world_size = dist.get_world_size()
 

@@ -19,7 +19,7 @@ import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from shared import RANKS, base, log, mean_over_ranks, prepare, schedule, set_device, show_held, start
+from shared import RANKS, base, mean_over_ranks, must_divide, prepare, schedule, show_held, start, start_ranks
 from torch import nn
 
 
@@ -50,13 +50,8 @@ def parameter_groups(model):
 
 
 def main(args, config):
-    if args.experts < 1 or args.experts % args.expert_ranks or RANKS % args.expert_ranks:
-        raise base.UserError(
-            f"--expert_ranks {args.expert_ranks} must divide the {RANKS} ranks and --experts {args.experts}"
-        )
-    if config["zero_optimization"]["stage"] == 3:
-        raise base.UserError("DeepSpeed's MoE does not train at stage 3: take a JSON of stage 1 or 2")
-    set_device()
+    must_divide("expert_ranks", args, ranks=RANKS, experts=args.experts)
+    start_ranks(args, config, 2, "DeepSpeed's MoE does not train at stage 3")
     model, samples = prepare(args, config)
     for block in model.blocks[1::2]:
         block.feed_forward = Experts(block.feed_forward, args)
@@ -75,7 +70,7 @@ def main(args, config):
             counts = counts + torch.stack([layer.counts for layer in layers])
         loss, balance_loss = mean_over_ranks(torch.stack(losses).mean(dim=0)).tolist()
         counts = mean_over_ranks(counts.float().to(engine.device)) * RANKS
-        log(
+        base.log(
             f"step={step + 1} loss={loss:.6f} balance_loss={balance_loss:.4f} tokens_per_expert={counts.int().tolist()}"
         )
     show_held(f"{args.experts // args.expert_ranks} of {args.experts} experts", engine)

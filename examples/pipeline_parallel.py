@@ -18,7 +18,7 @@ Source: GPipe, arXiv:1811.06965; https://www.deepspeed.ai/tutorials/pipeline/
 import deepspeed
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from shared import RANKS, base, log, prepare, schedule, set_device, show_held, start
+from shared import RANKS, base, must_divide, prepare, schedule, show_held, start, start_ranks
 from torch import nn
 
 
@@ -75,16 +75,11 @@ def layers_of(model, args):
 
 
 def main(args, config):
-    if RANKS % args.stages or args.stages > args.n_layer:
-        raise base.UserError(
-            f"--stages {args.stages} must divide the {RANKS} ranks and be at most --n_layer {args.n_layer}"
-        )
-    if config["zero_optimization"]["stage"] > 1:
-        raise base.UserError(
-            "a pipeline accumulates whole gradients: take a JSON of stage 1, such as configs/zero1.json"
-        )
+    must_divide("stages", args, ranks=RANKS)
+    if args.stages > args.n_layer:
+        raise base.UserError(f"--stages {args.stages} is more than --n_layer {args.n_layer}")
+    start_ranks(args, config, 1, "a pipeline accumulates whole gradients")
     config["gradient_accumulation_steps"] = args.micro_batches
-    set_device()
     model, samples = prepare(args, config)
     pipe = PipelineModule(layers_of(model, args), num_stages=args.stages, loss_fn=mean_loss)
     del model
@@ -94,7 +89,7 @@ def main(args, config):
     args.rank, args.world_size = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
     for step in range(args.max_steps):
         loss = engine.train_batch(base.micro_batches(samples.data, step, args))  # forward, backward and step
-        log(f"step={step + 1} loss={loss.item():.6f}")
+        base.log(f"step={step + 1} loss={loss.item():.6f}")
     show_held(f"stage {engine.stage_id}", engine)
 
 

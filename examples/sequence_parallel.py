@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.sequence.layer import DistributedAttention
-from shared import RANK, RANKS, base, log, mean_over_ranks, prepare, schedule, set_device, show_held, start
+from shared import RANK, RANKS, base, mean_over_ranks, prepare, schedule, show_held, start, start_ranks
 from torch import nn
 
 
@@ -56,7 +56,7 @@ def main(args, config):
         raise base.UserError("sequence parallelism needs more than one rank: torchrun --nproc_per_node 2 ...")
     if args.n_head % RANKS or args.block_size % RANKS:
         raise base.UserError(f"{RANKS} ranks must divide --n_head {args.n_head} and --block_size {args.block_size}")
-    set_device()
+    start_ranks(args, config)
     parallel_state_sp.initialize_sequence_parallel(RANKS)
     model, samples = prepare(args, config)
     engine, *_ = deepspeed.initialize(
@@ -78,7 +78,7 @@ def main(args, config):
             losses.append(engine(inputs[:, part], targets[:, part]))
             engine.backward(losses[-1])
             engine.step()
-        log(f"step={step + 1} loss={mean_over_ranks(torch.stack(losses).mean().detach()).item():.6f}")
+        base.log(f"step={step + 1} loss={mean_over_ranks(torch.stack(losses).mean().detach()).item():.6f}")
     show_held(f"{own} of {args.block_size} tokens", engine)
 
 

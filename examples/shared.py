@@ -20,9 +20,10 @@ from export_hf import to_gpt2 as to_gpt2  # for with_trainer.py
 
 cpu_default()
 base = load_script("GPTLike-Base.py")
+zero = load_script("DeepSpeed-GPTLike-ZeRO-Offload.py")  # at every stage it finds what a rank holds
 DEFAULTS = {"dataset": "wikitext2", "tokenizer": "auto", "n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256}
 DEFAULTS |= {"dropout": 0.1, "max_steps": 100, "seed": 42, "local_rank": 0}
-FIXED = {"warmup_steps": 20, "activation_checkpointing": False}  # as the scripts' defaults
+FIXED = {"warmup_steps": 20, "activation_checkpointing": False, "timeout": 600}  # as the scripts' defaults
 WANTED = set("train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 optimizer".split())
 ADAM = {"lr", "betas", "eps", "weight_decay"}
 RANK, RANKS, RANKS_HERE = (  # by torchrun; here: on this host
@@ -70,23 +71,27 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Sa
     return base.GPTLike(args, corpus.vocab_size), Samples(data, args.max_steps * global_batch, args.seed)
 
 
-def set_device() -> None:
-    """Each rank its own GPU, and the ranks' meeting: by nccl, without a GPU by gloo."""
-    import deepspeed
+def start_ranks(args: argparse.Namespace, config: dict, highest_stage: int = 3, why: str = "") -> None:
+    """The ranks meet, each with its device, as in the ZeRO scripts. UserError: not so, or a stage above the highest."""
+    if config["zero_optimization"]["stage"] > highest_stage:
+        raise base.UserError(f"--ds_config {args.ds_config}: {why}; take a JSON of stage {highest_stage} or below")
+    try:
+        zero.start_distributed(args)
+    except zero.UserError as error:
+        raise base.UserError(str(error)) from error
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed()
+
+def must_divide(name: str, args: argparse.Namespace, **numbers: int) -> None:
+    """UserError where the flag of that name does not divide one of the numbers."""
+    flag = getattr(args, name)
+    for what, number in numbers.items():
+        if flag < 1 or number % flag:
+            raise base.UserError(f"--{name} {flag} does not divide {what} {number}")
 
 
 def schedule(args: argparse.Namespace) -> Callable:
     """The scripts' warm-up and decay, as deepspeed.initialize takes it."""
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: base.lr_factor(step, args))
-
-
-def log(message: str) -> None:
-    if RANK == 0:
-        print(message, flush=True)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -95,15 +100,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def show_held(place: str, engine: torch.nn.Module) -> None:
-    """A line for each rank: bytes of its parameters, and of its optimizer's fp32 weights and moments."""
-    states = engine.basic_optimizer.state
-    moments = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
-    sizes = [sum(part.numel() * part.element_size() for part in kind) for kind in (engine.parameters(), moments)]
-    sizes[1] += sum(weight.numel() * weight.element_size() for weight in states if weight.dtype == torch.float32)
-    lines = [None] * RANKS
-    line = f"rank {RANK}, {place}: {sizes[0]:,} bytes of parameters, {sizes[1]:,} of optimizer states"
-    torch.distributed.all_gather_object(lines, line)
-    log("\n".join(lines))
+    """A line for each rank: the bytes of its parameters, and of its optimizer's fp32 weights and moments."""
+    sizes = {}
+    for kind, tensors in zero.model_states(engine).items():
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        sizes[kind] = sum(tensor.numel() * tensor.element_size() for tensor in floats)
+    line = f"rank {RANK}, {place}: {sizes['parameters']:,} bytes of parameters, "
+    base.log("\n".join(zero.gather(f"{line}{sizes['optimizer_states']:,} of optimizer states")))
 
 
 def start(main: Callable, doc: str, ds_config: str = "zero2.json", **own: object) -> None:

@@ -15,7 +15,7 @@ Source: Megatron-LM, arXiv:1909.08053; https://www.deepspeed.ai/docs/config-json
 
 import deepspeed
 import torch
-from shared import RANKS, base, log, mean_over_ranks, prepare, schedule, set_device, show_held, start
+from shared import RANKS, base, mean_over_ranks, must_divide, prepare, schedule, show_held, start, start_ranks
 
 PARTITIONS = [
     {"patterns": [r".*attention\.qkv\.weight$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
@@ -26,13 +26,8 @@ PARTITIONS = [
 
 
 def main(args, config):
-    if RANKS % args.tensor_ranks or args.n_head % args.tensor_ranks:
-        raise base.UserError(
-            f"--tensor_ranks {args.tensor_ranks} must divide the {RANKS} ranks and --n_head {args.n_head}"
-        )
-    if config["zero_optimization"]["stage"] == 3:
-        raise base.UserError("AutoTP trains at stages 0 to 2: take a JSON of stage 1 or 2")
-    set_device()
+    must_divide("tensor_ranks", args, ranks=RANKS, n_head=args.n_head)
+    start_ranks(args, config)
     model, samples = prepare(args, config)
     config["tensor_parallel"] = {
         "autotp_size": args.tensor_ranks,
@@ -51,7 +46,7 @@ def main(args, config):
             losses.append(engine(inputs, targets))
             engine.backward(losses[-1])
             engine.step()
-        log(f"step={step + 1} loss={mean_over_ranks(torch.stack(losses).mean().detach()).item():.6f}")
+        base.log(f"step={step + 1} loss={mean_over_ranks(torch.stack(losses).mean().detach()).item():.6f}")
     show_held(f"{args.n_head // args.tensor_ranks} of {args.n_head} heads", engine)
 
 

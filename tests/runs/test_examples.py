@@ -79,18 +79,19 @@ def test_inference_gives_equal_logits_and_text(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "message"),
+    ("name", "ranks", "words", "message"),
     [
-        ("pipeline_parallel", ["--stages", 3], "--stages 3 must divide the 1 ranks"),
-        ("pipeline_parallel", ["--stages", 1, "--ds_config", "configs/zero2.json"], "take a JSON of stage 1"),
-        ("mixture_of_experts", ["--experts", 3], "--expert_ranks 2 must divide the 1 ranks and --experts 3"),
-        ("mixture_of_experts", ["--expert_ranks", 1, "--ds_config", "configs/zero3.json"], "stage 1 or 2"),
-        ("tensor_parallel", ["--tensor_ranks", 3], "--tensor_ranks 3 must divide the 1 ranks and --n_head 12"),
-        ("sequence_parallel", [], "sequence parallelism needs more than one rank"),
+        ("pipeline_parallel", 4, ["--stages", 3], "--stages 3 does not divide ranks 4"),
+        ("pipeline_parallel", 2, ["--ds_config", "configs/zero2.json"], "take a JSON of stage 1 or below"),
+        ("mixture_of_experts", 3, [], "--expert_ranks 2 does not divide ranks 3"),
+        ("mixture_of_experts", 2, ["--experts", 3], "--expert_ranks 2 does not divide experts 3"),
+        ("mixture_of_experts", 2, ["--ds_config", "configs/zero3.json"], "take a JSON of stage 2 or below"),
+        ("tensor_parallel", 2, ["--n_head", 3], "--tensor_ranks 2 does not divide n_head 3"),
+        ("sequence_parallel", 1, [], "sequence parallelism needs more than one rank"),
     ],
 )
-def test_wrong_ranks_and_stages(name, words, message):
-    done = run(["python", f"examples/{name}.py", *map(str, words)])
+def test_wrong_ranks_and_stages(name, ranks, words, message):
+    done = run(["python", f"examples/{name}.py", *map(str, words)], WORLD_SIZE=str(ranks))
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
