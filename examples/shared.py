@@ -47,7 +47,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def read_config(path: str) -> dict:
-    """The JSON's settings. UserError where it lacks one that the examples pass on."""
+    """The JSON's settings, with PyTorch's Adam. UserError where it lacks one that the examples pass on."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         missing = (WANTED - config.keys()) | (ADAM - config.get("optimizer", {}).get("params", {}).keys())
@@ -55,6 +55,9 @@ def read_config(path: str) -> dict:
         raise base.UserError(f"--ds_config {path} holds no settings: {error}") from error
     if missing:
         raise base.UserError(f"--ds_config {path} has no {', '.join(sorted(missing))}: take a file of configs/")
+    zero_config = config.get("zero_optimization", {})
+    if config["optimizer"]["type"] == "AdamW" and not zero_config.keys() & {"offload_optimizer", "offload_param"}:
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # DeepSpeed's needs nvcc
     return config
 
 
@@ -73,7 +76,7 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Sa
 
 def start_ranks(args: argparse.Namespace, config: dict, highest_stage: int = 3, why: str = "") -> None:
     """The ranks meet, each with its device, as in the ZeRO scripts. UserError: not so, or a stage above the highest."""
-    if config["zero_optimization"]["stage"] > highest_stage:
+    if config.get("zero_optimization", {}).get("stage", 0) > highest_stage:
         raise base.UserError(f"--ds_config {args.ds_config}: {why}; take a JSON of stage {highest_stage} or below")
     try:
         zero.start_distributed(args)

@@ -195,7 +195,6 @@ def train_with_trainer(args: argparse.Namespace) -> None:
                 self.clock = time.perf_counter()
 
     args.ds_config = config = read_config(args.ds_config)
-    config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # the Adam that the scripts take, too
     config["train_micro_batch_size_per_gpu"] = args.batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["bf16"]["enabled"] = args.precision == "bf16"

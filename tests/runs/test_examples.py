@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import BASE, OFFLOAD, ROOT, ZERO2, ZERO3, command, losses, run
+from conftest import BASE, OFFLOAD, ROOT, ZERO2, ZERO3, losses, run_script
 
 pytestmark = pytest.mark.drill
 SHAPE = """--dataset sample --tokenizer bpe:300 --n_layer 2 --n_head 4 --d_model 32 --block_size 32 --dropout 0
@@ -20,7 +20,7 @@ def base(tmp_path_factory):
     """The losses of Base in fp32, and its run."""
     output = tmp_path_factory.mktemp("base") / "run"
     flags = ["--precision", "fp32", "--batch_size", SEQUENCES, "--log_interval", 1]
-    assert run(command(BASE, *SHAPE, *flags, "--output_dir", output)).returncode == 0
+    assert run_script(BASE, *SHAPE, *flags, "--output_dir", output).returncode == 0
     return output
 
 
@@ -28,8 +28,7 @@ def example(name, folder, *words, ranks=2, **settings):
     """What an example prints in fp32 on so many ranks; settings change its JSON."""
     config = json.loads((ROOT / "configs" / "zero1.json").read_text()) | {"bf16": {"enabled": False}} | settings
     (folder / "ds.json").write_text(json.dumps(config))
-    line = command(f"examples/{name}.py", *SHAPE, "--ds_config", folder / "ds.json", *words, ranks=ranks)
-    done = run(line)
+    done = run_script(f"examples/{name}.py", *SHAPE, "--ds_config", folder / "ds.json", *words, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -45,18 +44,22 @@ def held_in(text):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "ranks", "sequences", "share"),
+    ("name", "words", "ranks", "sequences", "stage", "share"),
     [
-        ("pipeline_parallel", ["--stages", 2, "--micro_batches", 4], 2, 2, 0.66),
-        ("pipeline_parallel", ["--stages", 2, "--micro_batches", 4], 4, 1, 0.66),
-        ("tensor_parallel", ["--tensor_ranks", 2], 2, 8, 0.7),
-        ("sequence_parallel", [], 2, 8, 1.0),
-        ("mixture_of_experts", ["--experts", 1, "--expert_ranks", 1, "--capacity", 0, "--balance", 0], 2, 4, 1.01),
+        ("pipeline_parallel", ["--stages", 2, "--micro_batches", 4], 2, 2, 1, 0.66),
+        ("pipeline_parallel", ["--stages", 2, "--micro_batches", 4], 4, 1, 1, 0.66),
+        ("tensor_parallel", ["--tensor_ranks", 2], 2, 8, 1, 0.7),
+        ("tensor_parallel", ["--tensor_ranks", 2], 2, 8, 3, 0.7),
+        ("sequence_parallel", [], 2, 8, 1, 1.0),
+        ("sequence_parallel", [], 2, 8, 3, 0.6),
+        ("mixture_of_experts", ["--experts", 1, "--expert_ranks", 1, "--capacity", 0, "--balance", 0], 2, 4, 1, 1.01),
     ],
 )
-def test_a_divided_model_has_the_losses_of_base(name, words, ranks, sequences, share, base, tmp_path):
+def test_a_divided_model_has_the_losses_of_base(name, words, ranks, sequences, stage, share, base, tmp_path):
     """share: the part of Base's weights that a rank may hold at most."""
-    said = example(name, tmp_path, *words, ranks=ranks, train_micro_batch_size_per_gpu=sequences)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings = {"train_micro_batch_size_per_gpu": sequences, "zero_optimization": zero}
+    said = example(name, tmp_path, *words, ranks=ranks, **settings)
     assert losses_in(said) == pytest.approx(losses(base), abs=1e-4)
     parameters = 4 * json.loads((base / "args.json").read_text())["n_params"]
     held = held_in(said)
@@ -72,9 +75,9 @@ def test_experts_train_and_count_tokens(tmp_path):
 
 
 def test_inference_gives_equal_logits_and_text(base, tmp_path):
-    export = run(["python", "scripts/tools/export_hf.py", str(base), str(tmp_path / "gpt2"), "--skip_evaluation"])
+    export = run_script("scripts/tools/export_hf.py", base, tmp_path / "gpt2", "--skip_evaluation")
     assert export.returncode == 0, export.stderr
-    done = run(["python", "examples/inference.py", str(tmp_path / "gpt2"), "--max_new_tokens", "8"])
+    done = run_script("examples/inference.py", tmp_path / "gpt2", "--max_new_tokens", 8)
     assert "logits differ by 0.0e+00 at most; the text is equal" in done.stdout, done.stderr
 
 
@@ -91,7 +94,7 @@ def test_inference_gives_equal_logits_and_text(base, tmp_path):
     ],
 )
 def test_wrong_ranks_and_stages(name, ranks, words, message):
-    done = run(["python", f"examples/{name}.py", *map(str, words)], WORLD_SIZE=str(ranks))
+    done = run_script(f"examples/{name}.py", *words, WORLD_SIZE=str(ranks))
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -123,7 +126,7 @@ def test_a_variant_trains_on_cpu_ranks(name, tmp_path):
     if os.cpu_count() < 8 and name in FEW_CORES:
         pytest.skip(FEW_CORES[name])
     flags = ["--ds_config", VARIANTS / f"{name}.json", "--batch_size", 4, "--log_interval", 1, "--lr", "3e-3"]
-    done = run(command(script, *SHAPE, *flags, "--output_dir", tmp_path / "run", ranks=2))
+    done = run_script(script, *SHAPE, *flags, "--output_dir", tmp_path / "run", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")
     assert found[6] < found[1]

@@ -4,30 +4,17 @@ And TensorBoard's files of a run, which are the live view of it.
 """
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, ZERO2, run_script
 
 pytestmark = pytest.mark.drill
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = [ROOT / "examples" / f"with_{name}.py" for name in ("trainer", "accelerate", "lightning")]
+EXAMPLES = [f"examples/with_{name}.py" for name in ("trainer", "accelerate", "lightning")]
 STEPS = 8
 TINY = f"""--dataset sample --tokenizer bpe:300 --n_layer 1 --n_head 2 --d_model 32 --block_size 32 --dropout 0
     --max_steps {STEPS} --ds_config ds.json""".split()
-
-
-def launch(folder: Path, *words: object, ranks: int = 2) -> subprocess.CompletedProcess:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port, *words]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, cwd=folder, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +23,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ours")
     config = json.loads((ROOT / "configs" / "monitoring" / "zero2_monitors.json").read_text())
     (folder / "ds.json").write_text(json.dumps(config | {"bf16": {"enabled": False}}))
-    script = ROOT / "DeepSpeed-GPTLike-ZeRO-2.py"
-    done = launch(folder, script, *TINY, "--log_interval", 1, "--output_dir", "run")
+    done = run_script(ZERO2, *TINY, "--log_interval", 1, "--output_dir", "run", ranks=2, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -47,12 +33,12 @@ def our_series(folder: Path, field: str) -> list[float]:
     return [line[field] for line in lines if field in line]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_has_the_losses_of_our_script(ours, tmp_path, example):
     """Same weights, same samples, same learning rate; it prints four digits."""
     config = json.loads((ROOT / "configs" / "zero2.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps(config | {"bf16": {"enabled": False}}))
-    done = launch(tmp_path, example, *TINY)
+    done = run_script(example, *TINY, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.findall(r"^step=(\d+) loss=(\d+\.\d{4})$", done.stdout, re.MULTILINE)
     assert [int(step) for step, _ in found] == list(range(1, STEPS + 1)), done.stdout
@@ -80,6 +66,5 @@ def test_bad_input_is_one_message():
         "--max 3": (2, "error: unrecognized arguments: --max 3"),
     }
     for words, (code, message) in cases.items():
-        command = [sys.executable, EXAMPLES[1], *words.split()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = run_script(EXAMPLES[1], *words.split())
         assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

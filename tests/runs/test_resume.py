@@ -11,19 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BASE, OFFLOAD, TINY, ZERO1, ZERO2, ZERO3, command, environment, losses, run, train, weights
+from conftest import BASE, OFFLOAD, TINY, ZERO1, ZERO2, ZERO3, command, environment, losses, run_script, train, weights
 
 pytestmark = pytest.mark.slow
 drill = pytest.mark.drill
 FLAGS = ["--max_steps", "60", "--save_interval", "15", "--eval_interval", "25"]
 
 
-def start(script, output, *words, ranks=2, **changes):
+def start(script, output, *words, ranks=2):
+    """In the background, as a user starts it; with the threads of a rank, so that Base's sums are those of train()."""
     line = command(script, *TINY, *FLAGS, "--output_dir", output, *words, ranks=ranks)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        line, env=environment(**changes), stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    pipe, variables = subprocess.PIPE, environment(OMP_NUM_THREADS="1")
+    return subprocess.Popen(line, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def wait_until(condition, seconds=120):
@@ -132,7 +131,7 @@ def test_what_is_found_is_used_or_refused(damage, flags, code, message, finished
     shutil.copytree(finished, output)
     if damage:
         subprocess.run(["bash", "-c", damage], cwd=output / "checkpoints", check=True)
-    result = run(command(ZERO2, *TINY, *FLAGS, "--output_dir", output, *flags.split(), ranks=2))
+    result = run_script(ZERO2, *TINY, *FLAGS, "--output_dir", output, *flags.split(), ranks=2)
     said = result.stdout + result.stderr
     assert (result.returncode, re.search(message, said) is not None) == (code, True), said
     assert "UserError" not in said  # the message alone; torchrun adds a traceback of its own
@@ -141,7 +140,7 @@ def test_what_is_found_is_used_or_refused(damage, flags, code, message, finished
 @drill
 def test_another_number_of_ranks_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    result = run(command(ZERO2, *TINY, *FLAGS, "--output_dir", tmp_path / "run"))
+    result = run_script(ZERO2, *TINY, *FLAGS, "--output_dir", tmp_path / "run")
     assert result.returncode == 1 and "world_size 2, now 1" in result.stderr
 
 
@@ -149,7 +148,7 @@ def test_another_number_of_ranks_is_refused(finished, tmp_path):
 def test_two_runs_into_one_folder(tmp_path):
     first = start(ZERO1, tmp_path / "run", "--max_steps", "100000", ranks=1)
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
-    second = run(command(ZERO1, *TINY, "--output_dir", tmp_path / "run"))
+    second = run_script(ZERO1, *TINY, "--output_dir", tmp_path / "run")
     end(first, tmp_path / "run")
     assert second.returncode == 1 and "Wait for the run that holds it" in second.stderr
 
@@ -170,7 +169,7 @@ def test_full_disk(tmp_path):
 
 def test_nan_stops_before_anything_is_saved(tmp_path):
     words = ["--lr", "900", "--warmup_steps", "0", "--max_steps", "40", "--save_interval", "1", "--weight_decay", "900"]
-    result = run(command(ZERO2, *TINY, *words, "--output_dir", tmp_path / "run", launcher="python"))
+    result = run_script(ZERO2, *TINY, *words, "--output_dir", tmp_path / "run")
     assert result.returncode == 1 and "take a lower --lr" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -1,5 +1,6 @@
 """Starts that go wrong end in one message; odd but sound environments train."""
 
+import json
 import os
 import re
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import BASE, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run, train
+from conftest import BASE, ROOT, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run, run_script, train
 
 pytestmark = pytest.mark.slow
 STEPS = ["--max_steps", "2"]
@@ -52,15 +53,11 @@ def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
 
 @pytest.mark.drill
 def test_what_deepspeed_cannot_run_here(tmp_path):
-    import json
-
-    from conftest import ROOT
-
     config = json.loads((ROOT / "configs" / "zero1.json").read_text())
     config["optimizer"] = {"type": "Lamb", "params": {"lr": 1e-3}}
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    line = command(ZERO1, *TINY, *STEPS, "--ds_config", tmp_path / "ds.json", launcher="python")
-    result = run([*line, "--output_dir", str(tmp_path / "run")])
+    flags = [*TINY, *STEPS, "--ds_config", tmp_path / "ds.json", "--output_dir", tmp_path / "run"]
+    result = run_script(ZERO1, *flags)
     assert result.returncode == 1 and "ds.json here, with its optimizer {'type': 'Lamb'" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -83,7 +80,7 @@ def test_the_lock_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp
             (folder / name / "lock").touch()
             os.utime(folder / name / "lock", (0, 0))  # they lie there for long
         with (folder / "living" / "lock").open():
-            train(ZERO1, tmp_path / "run", *STEPS, launcher="python")
+            train(ZERO1, tmp_path / "run", *STEPS)
         assert not (folder / "killed" / "lock").exists() and (folder / "living" / "lock").exists()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
