@@ -132,7 +132,7 @@ def run(main):
 
 # region data (owner: GPTLike-Base.py)
 HUB_DATASET, HUB_TOKENIZER = "Salesforce/wikitext", "openai-community/gpt2"
-FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or with .gz
+FILE_TYPES = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".parquet": "parquet"}  # or .txt.gz
 DATA_HELP = """What there is:
   Hub      --dataset wikitext2; from a mirror: export HF_ENDPOINT=https://YOUR-MIRROR
   cache    copy ~/.cache/huggingface from a host that has it, then export HF_HUB_OFFLINE=1

@@ -1,4 +1,4 @@
-"""What each way to divide a model costs: model states a rank keeps, and what it sends in a step with one micro batch.
+"""What each way to divide a model costs: model states a rank keeps, and what it sends in a step of one sequence a rank.
 
     python examples/costs.py
     python examples/costs.py --d_model 8192 --n_layer 80 --n_head 64 --block_size 4096
@@ -8,13 +8,15 @@ model; the N/G groups read other samples. There are as many sequences as ranks: 
 A = G x tokens x d_model elements, the activations of a group between two blocks.
 
 ZeRO-3              16P/N bytes                     sends 3P (N-1)/N
-pipeline, ZeRO-1    4P/G + 12P/N                    sends 2A, the tied embedding's gradient, and 2P/G between groups
+pipeline, ZeRO-1    4P/G + 12P/N                    sends A to each neighbour, at the ends also the tied embedding's
+                    gradient, and 2P/G between groups; the embedding's second copy is not counted
 tensor, ZeRO-1      4P/G + 12P/N                    sends 4 all-reduces of A a block, and 2P/G between groups
                     (AutoTP leaves the embeddings whole, here they count as divided)
-sequence, ZeRO-3    16P/N, activations A/G          sends ZeRO-3's, and 8 all-to-all of A/G a block
+sequence, ZeRO-3    16P/N, activations A/G          sends ZeRO-3's with gradients in 32 bits, 4P (N-1)/N, and 8
+                    all-to-all of A/G a block
 experts, ZeRO-1     G experts in each second block, one on a rank: 4P + 12E G/N + 12 (P-E)/N, where E of the dense
-                    model's parameters are an expert now; sends 4 all-to-all of A/G in each such block, and the
-                    gradients. The model has (G-1) E more parameters than the others
+                    model's parameters are an expert now; sends 4 all-to-all of 1.25 A/G, the capacity, in each
+                    such block, and the gradients. The model has (G-1) E more parameters than the others
 An all-reduce sends 2 (G-1)/G of its size, an all-to-all (G-1)/G.
 
 Source: ZeRO, arXiv:1910.02054; the docstrings of the examples beside this one
@@ -42,7 +44,8 @@ def ways(model, ranks):
     embedding = model.vocab_size * model.d_model
     zero3 = sum(formula(parameters, ranks, 3).values())
     divided = 4 * parameters / group + 12 * parameters / ranks
-    gathers = 3 * parameters * (ranks - 1) / ranks
+    weights = parameters * (ranks - 1) / ranks  # gathered once
+    neighbours = max(activations + embedding, activations * (2 if group > 2 else 1))  # of the busiest stage
     reduces = 4 * model.n_layer * activations * 2 * inside
     layers = model.n_layer // 2
     experts = layers * 8 * model.d_model**2
@@ -50,11 +53,11 @@ def ways(model, ranks):
     held = 4 * parameters + 12 * experts / groups + 12 * (parameters - experts) / ranks
     gradients = between(experts, groups) + between(parameters - experts, ranks)
     return {
-        "ZeRO-3": (parameters, zero3, gathers),
-        "pipeline, ZeRO-1": (parameters, divided, 2 * activations + embedding + between(parameters / group, groups)),
+        "ZeRO-3": (parameters, zero3, 3 * weights),
+        "pipeline, ZeRO-1": (parameters, divided, neighbours + between(parameters / group, groups)),
         "tensor, ZeRO-1": (parameters, divided, reduces + between(parameters / group, groups)),
-        "sequence, ZeRO-3": (parameters, zero3, gathers + 8 * model.n_layer * activations / group * inside),
-        "experts, ZeRO-1": (parameters + (group - 1) * experts, held, 4 * layers * own * inside + gradients),
+        "sequence, ZeRO-3": (parameters, zero3, 4 * weights + 8 * model.n_layer * own * inside),
+        "experts, ZeRO-1": (parameters + (group - 1) * experts, held, 4 * layers * 1.25 * own * inside + gradients),
     }
 
 

@@ -1,13 +1,14 @@
 """This GPT with experts: every second block has several feed-forwards, and each token takes one of them.
 
 More parameters for the same arithmetic. A gate, one small matrix, chooses the expert of a token. Experts are divided
-among ranks (expert parallelism): a rank sends each token to the rank of its expert and gets it back, two all-to-all of
-batch x seq x d_model elements a layer and pass. All else is data parallel. All experts start as the dense
-feed-forward.
+among ranks (expert parallelism): a rank sends each token to the rank of its expert and gets it back, two all-to-all a
+layer and pass, of --capacity x batch x seq x d_model elements. All else is data parallel. All experts start as the
+dense feed-forward; the gate multiplies what they give by its probability of the choice.
 The gate is to use all experts alike: a loss for that, times --balance, is added. An expert takes at most --capacity
 times its even share of the tokens, the others skip the layer; with --capacity 0 none does. tokens_per_expert shows
 what the gate chose.
-DeepSpeed trains it at ZeRO stages 0, 1 and 2, and refuses stage 3.
+DeepSpeed's MoE layer trains at ZeRO stages 0, 1 and 2. For stage 3 DeepSpeed has AutoEP, which divides the experts of
+transformers' models.
 
 Run:
     torchrun --nproc_per_node 2 examples/mixture_of_experts.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
@@ -19,7 +20,7 @@ import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from shared import RANKS, base, mean_over_ranks, must_divide, prepare, schedule, show_held, start, start_ranks
+from shared import RANK, RANKS, base, mean_over_ranks, must_divide, prepare, schedule, show_held, start, start_ranks
 from torch import nn
 
 
@@ -44,15 +45,18 @@ class Experts(nn.Module):
 
 def parameter_groups(model):
     """As in the scripts; ZeRO keeps experts apart, whose copies lie on fewer ranks."""
-    groups = base.parameter_groups(model)
-    named = [{"name": name} | group for name, group in zip(("decay", "rest"), groups, strict=True)]
-    return split_params_into_different_moe_groups_for_optimizer(named)
+    decay, rest = base.parameter_groups(model)
+    decay["name"], rest["name"] = "decay", "rest"
+    return split_params_into_different_moe_groups_for_optimizer([decay, rest])
 
 
 def main(args, config):
     must_divide("expert_ranks", args, ranks=RANKS, experts=args.experts)
+    if args.n_layer < 2:
+        raise base.UserError("every second block has experts: take --n_layer 2 or more")
     start_ranks(args, config, 2, "DeepSpeed's MoE does not train at stage 3")
     model, samples = prepare(args, config)
+    torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
     for block in model.blocks[1::2]:
         block.feed_forward = Experts(block.feed_forward, args)
     layers = [block.feed_forward for block in model.blocks[1::2]]

@@ -1,8 +1,9 @@
 """This GPT as a pipeline: each rank holds some of the layers, and micro batches travel from rank to rank.
 
 With two stages on two ranks, rank 0 holds the embeddings and the first blocks, rank 1 the other blocks, the head and
-the loss. While rank 1 works on a micro batch, rank 0 works on the next one. They send activations, batch x seq x
-d_model elements a micro batch each way, and once a step the gradient of the tied embedding.
+the loss. While rank 1 works on a micro batch, rank 0 works on the next one; each does a forward and a backward pass in
+turn (1F1B). They send activations, batch x seq x d_model elements a micro batch each way, and once a step the gradient
+of the tied embedding, which both hold.
 On four ranks two such pipelines stand side by side, each with its half of the samples: pipeline x data parallelism.
 ZeRO-1 then partitions a stage's optimizer states over its two copies. DeepSpeed refuses ZeRO-2 and ZeRO-3 in a
 pipeline. Tensor parallelism inside of a stage has to come from the layers themselves, as in Megatron-DeepSpeed: AutoTP
@@ -12,13 +13,14 @@ Run:
     torchrun --nproc_per_node 2 examples/pipeline_parallel.py --dataset sample --n_layer 4 --d_model 96 --max_steps 10
     torchrun --nproc_per_node 4 examples/pipeline_parallel.py --dataset sample --n_layer 4 --d_model 96 --max_steps 10
 
-Source: GPipe, arXiv:1811.06965; https://www.deepspeed.ai/tutorials/pipeline/
+Source: PipeDream-Flush in arXiv:2006.09503; https://www.deepspeed.ai/tutorials/pipeline/
 """
 
 import deepspeed
+import torch
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from shared import RANKS, base, must_divide, prepare, schedule, show_held, start, start_ranks
+from shared import RANK, RANKS, base, must_divide, prepare, schedule, show_held, start, start_ranks
 from torch import nn
 
 
@@ -63,7 +65,10 @@ def mean_loss(logits, targets):
 
 
 def layers_of(model, args):
-    """Each rank builds only its stage's layers from this list. model: the whole GPT on the CPU, for Base's weights."""
+    """What DeepSpeed builds a stage's layers from. model: the whole GPT, for Base's weights.
+
+    The list keeps it in host memory. In a run of your own a layer draws or loads its weights itself.
+    """
     tokens, positions = model.token_embedding.weight, model.position_embedding.weight
     return [
         TiedLayerSpec("tokens", Tokens, tokens),
@@ -81,8 +86,10 @@ def main(args, config):
     start_ranks(args, config, 1, "a pipeline accumulates whole gradients")
     config["gradient_accumulation_steps"] = args.micro_batches
     model, samples = prepare(args, config)
-    pipe = PipelineModule(layers_of(model, args), num_stages=args.stages, loss_fn=mean_loss)
-    del model
+    torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
+    # By blocks: by their parameters, the default, a large embedding would be a stage of its own.
+    layers = layers_of(model, args)
+    pipe = PipelineModule(layers, num_stages=args.stages, loss_fn=mean_loss, partition_method="type:Block")
     engine, *_ = deepspeed.initialize(
         model=pipe, model_parameters=base.parameter_groups(pipe), lr_scheduler=schedule(args), config=config
     )

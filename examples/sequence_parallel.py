@@ -3,7 +3,8 @@
 Norms, feed-forward, head and loss work token by token, so each rank does its own tokens. Attention needs the whole
 sequence: an all-to-all changes "all heads of my tokens" into "all tokens of my heads", and another one changes back.
 That is four times batch x seq / ranks x d_model elements a block and pass (query, key, value, and what comes out).
-Activations shrink by the number of ranks. Weights do not, and ZeRO partitions them as in data parallelism.
+Activations shrink by the number of ranks. Weights do not, and ZeRO partitions them as in data parallelism. DeepSpeed
+sends gradients in fp32 here, unless "seq_parallel_communication_data_type" says otherwise.
 
 Run:
     torchrun --nproc_per_node 2 examples/sequence_parallel.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
@@ -57,8 +58,15 @@ def main(args, config):
     if args.n_head % RANKS or args.block_size % RANKS:
         raise base.UserError(f"{RANKS} ranks must divide --n_head {args.n_head} and --block_size {args.block_size}")
     start_ranks(args, config)
-    parallel_state_sp.initialize_sequence_parallel(RANKS)
+    parallel_state_sp.initialize_sequence_parallel(RANKS)  # all ranks share each sequence
     model, samples = prepare(args, config)
+    own = args.block_size // RANKS
+    for block in model.blocks:
+        block.attention = UlyssesAttention(block.attention, parallel_state_sp.get_sequence_parallel_group())
+    model.position_embedding = LaterPositions(model.position_embedding, RANK * own)
+    # A rank's loss is the mean over its tokens. DeepSpeed adds up the ranks' gradients at stages 0, 1 and 2; at stage 3
+    # it averages them. The mean over the sequence is wanted.
+    share = 1 if config["zero_optimization"].get("stage") == 3 else 1 / RANKS
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=base.parameter_groups(model),
@@ -66,19 +74,17 @@ def main(args, config):
         config=config,
         mpu=parallel_state_sp,  # with mesh_param instead, deepspeed 0.19.8 would not add up gradients over the sequence
     )
-    own = args.block_size // RANKS
-    for block in model.blocks:
-        block.attention = UlyssesAttention(block.attention, parallel_state_sp.get_sequence_parallel_group())
-    model.position_embedding = LaterPositions(model.position_embedding, RANK * own)
     args.rank, args.world_size = 0, 1  # all ranks read the same samples
     for step in range(args.max_steps):
         losses = []
         for inputs, targets in base.micro_batches(samples.data, step, args):
             part = slice(RANK * own, (RANK + 1) * own)
             losses.append(engine(inputs[:, part], targets[:, part]))
-            engine.backward(losses[-1])
+            engine.backward(losses[-1] * share)
             engine.step()
-        base.log(f"step={step + 1} loss={mean_over_ranks(torch.stack(losses).mean().detach()).item():.6f}")
+        loss = mean_over_ranks(torch.stack(losses).mean().detach()).item()
+        norm = float(engine.get_global_grad_norm() or "nan")  # None at stage 0
+        base.log(f"step={step + 1} loss={loss:.6f} gradient_norm={norm:.6f}")
     show_held(f"{own} of {args.block_size} tokens", engine)
 
 

@@ -24,11 +24,12 @@ zero = load_script("DeepSpeed-GPTLike-ZeRO-Offload.py")  # at every stage it fin
 DEFAULTS = {"dataset": "wikitext2", "tokenizer": "auto", "n_layer": 6, "n_head": 12, "d_model": 768, "block_size": 256}
 DEFAULTS |= {"dropout": 0.1, "max_steps": 100, "seed": 42, "local_rank": 0}
 FIXED = {"warmup_steps": 20, "activation_checkpointing": False, "timeout": 600}  # as the scripts' defaults
-WANTED = set("train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 optimizer".split())
+WANTED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "optimizer"}
+WANTED |= {"zero_optimization"}
 ADAM = {"lr", "betas", "eps", "weight_decay"}
-RANK, RANKS, RANKS_HERE = (  # by torchrun; here: on this host
-    int(os.environ.get(name, alone)) for name, alone in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items()
-)
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANKS_HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this host
 
 
 class Samples(torch.utils.data.Dataset):
@@ -55,8 +56,8 @@ def read_config(path: str) -> dict:
         raise base.UserError(f"--ds_config {path} holds no settings: {error}") from error
     if missing:
         raise base.UserError(f"--ds_config {path} has no {', '.join(sorted(missing))}: take a file of configs/")
-    zero_config = config.get("zero_optimization", {})
-    if config["optimizer"]["type"] == "AdamW" and not zero_config.keys() & {"offload_optimizer", "offload_param"}:
+    offloads = config["zero_optimization"].keys() & {"offload_optimizer", "offload_param"}
+    if config["optimizer"]["type"] in ("Adam", "AdamW") and not offloads:
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}  # DeepSpeed's needs nvcc
     return config
 
@@ -76,7 +77,7 @@ def prepare(args: argparse.Namespace, config: dict) -> tuple[torch.nn.Module, Sa
 
 def start_ranks(args: argparse.Namespace, config: dict, highest_stage: int = 3, why: str = "") -> None:
     """The ranks meet, each with its device, as in the ZeRO scripts. UserError: not so, or a stage above the highest."""
-    if config.get("zero_optimization", {}).get("stage", 0) > highest_stage:
+    if config["zero_optimization"].get("stage", 0) > highest_stage:
         raise base.UserError(f"--ds_config {args.ds_config}: {why}; take a JSON of stage {highest_stage} or below")
     try:
         zero.start_distributed(args)

@@ -10,7 +10,7 @@ groups with samples of their own, and ZeRO-1 or ZeRO-2 divides states between th
 Run:
     torchrun --nproc_per_node 2 examples/tensor_parallel.py --dataset sample --n_layer 2 --d_model 96 --max_steps 10
 
-Source: Megatron-LM, arXiv:1909.08053; https://www.deepspeed.ai/docs/config-json/
+Source: Megatron-LM, arXiv:1909.08053; https://www.deepspeed.ai/tutorials/autotp-training/
 """
 
 import deepspeed
@@ -34,7 +34,8 @@ def main(args, config):
         "partition_config": {"use_default_specs": False, "layer_specs": PARTITIONS},
     }
     for block in model.blocks:
-        block.attention.n_head //= args.tensor_ranks  # this rank's heads
+        block.attention.n_head //= args.tensor_ranks  # AutoTP does so itself with num_heads and other names
+    # All ranks of a group keep one seed: whole activations want the same dropout on each of them.
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=base.parameter_groups(model), lr_scheduler=schedule(args), config=config
     )

@@ -1,4 +1,4 @@
-"""This GPT under Accelerate, on a JSON of configs/ as it is.
+"""This GPT under Accelerate, on a JSON of configs/.
 
 Accelerate keeps the loop in your hands. The optimizer comes from the JSON, so the script passes a DummyOptim, which
 holds only the parameter groups; a DummyScheduler likewise holds the scripts' warm-up and decay.
@@ -12,20 +12,17 @@ import argparse
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
-from shared import base, prepare, start
+from shared import base, prepare, schedule, start
 
 
 def main(args: argparse.Namespace, config: dict) -> None:
     if not torch.cuda.is_available():
         PartialState(cpu=True)  # else each rank takes itself for the only one; Accelerator(cpu=True) drops DeepSpeed
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=args.ds_config))
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     model, data = prepare(args, config)
     adam = config["optimizer"]["params"]
     optimizer = DummyOptim(base.parameter_groups(model), lr=adam["lr"], weight_decay=adam["weight_decay"])
-    scheduler = DummyScheduler(
-        optimizer,
-        lr_scheduler_callable=lambda real: torch.optim.lr_scheduler.LambdaLR(real, lambda s: base.lr_factor(s, args)),
-    )
+    scheduler = DummyScheduler(optimizer, lr_scheduler_callable=schedule(args))
     loader = torch.utils.data.DataLoader(data, batch_size=config["train_micro_batch_size_per_gpu"])
     engine, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     step, losses = 0, []

@@ -1,4 +1,4 @@
-"""This GPT under transformers' Trainer, on a JSON of configs/ as it is.
+"""This GPT under transformers' Trainer, on a JSON of configs/.
 
 Trainer brings its own loop and wants the JSON's numbers a second time, in its own arguments: it stops where the two
 differ. The model is transformers' GPT-2, which has the same shape, from the scripts' initial weights.
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace, config: dict) -> None:
     model, data = prepare(args, config)
     adam = config["optimizer"]["params"]
     arguments = TrainingArguments(
-        output_dir="runs/with_trainer", deepspeed=args.ds_config, max_steps=args.max_steps, seed=args.seed,
+        output_dir="runs/with_trainer", deepspeed=config, max_steps=args.max_steps, seed=args.seed,
         per_device_train_batch_size=config["train_micro_batch_size_per_gpu"],
         gradient_accumulation_steps=config["gradient_accumulation_steps"],
         learning_rate=adam["lr"], adam_beta1=adam["betas"][0], adam_beta2=adam["betas"][1], adam_epsilon=adam["eps"],

@@ -5,6 +5,7 @@
 #        scripts/check_env.sh [--json] --host USER@HOST...    and these over ssh, compared with this one
 #        scripts/check_env.sh [--json] --peer HOST:PORT [--listen PORT] [--timeout 60]   a port both ways: on both hosts
 # environment: PYTHON=python3   MASTER_ADDR   MASTER_PORT=29500   SSH_OPTIONS="-p 2222 -i KEY" (words, for --host)
+#              PROJECT=.  whose .venv is taken where this comes from stdin; --host asks for the same folder there
 set -euo pipefail
 die() { printf 'check_env.sh: %s\n' "$1" >&2; exit "${2:-1}"; }
 
@@ -61,7 +62,8 @@ except (ImportError, OSError, AttributeError) as error:
 print("line\x1fPyTorch Version: %s\nline\x1fCUDA Available: %s" % (version, seen))
 if gpus:
     wheel = "cu130" if major(driver) >= 580 else "cu128" if major(driver) >= 525 else "cpu"
-    wheel = "pip install torch --index-url https://download.pytorch.org/whl/" + wheel
+    wheel = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/" + wheel
+    wheel = sys.executable + " -m " + wheel  # .venv's pip, whether or not .venv is active
     least = {"11": 450, "12": 525}.get(cuda.split(".")[0], 580)  # NVIDIA: minor version compatibility
     judge(major(driver) >= least, "GPU driver", driver or "not known",
           ">= %d for CUDA %s" % (least, "13, as PyPI's torch" if cuda == "none" else cuda),
@@ -183,11 +185,11 @@ PEER
 }
 
 check_other() { # USER@HOST: its rows, by this script over ssh
-  local options=() words=() text status=0 rows=()
+  local options=() words=("PROJECT=$(printf %q "$(cd "$root" && pwd)")") text status=0 rows=()
   read -ra options <<< "${SSH_OPTIONS:-}" || :
-  [[ ! ${MASTER_ADDR:-} =~ ^[A-Za-z0-9_.:-]+$ ]] || words=("MASTER_ADDR=$MASTER_ADDR")
+  [[ ! ${MASTER_ADDR:-} =~ ^[A-Za-z0-9_.:-]+$ ]] || words+=("MASTER_ADDR=$MASTER_ADDR")
   text=$(timeout 150 ssh -o BatchMode=yes -o ConnectTimeout=10 ${options[@]+"${options[@]}"} -- "$1" \
-    env ${words[@]+"${words[@]}"} bash -s -- --rows < "$SELF" 2>&1) || status=$?
+    env "${words[@]}" bash -s -- --rows < "$SELF" 2>&1) || status=$?
   mapfile -t rows < <(grep -aE "^(row|line)$US" <<< "$text")
   ROWS+=("host$US$1" ${rows[@]+"${rows[@]}"})
   [[ ${#rows[@]} != 0 && $status -le 1 ]] || row FAIL ssh "exit $status: ${text##*$'\n'}" "a shell, no password" \
@@ -219,7 +221,7 @@ sys.exit(any(row["verdict"] == "FAIL" for host in hosts for row in host["checks"
 }
 
 main() {
-  local form=text peer=() hosts=() listen="" seconds=60 name root=.
+  local form=text peer=() hosts=() listen="" seconds=60 name root=${PROJECT:-.}
   while (($#)); do
     case $1 in
       --json | --rows) form=${1#--} ;;

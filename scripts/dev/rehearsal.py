@@ -19,7 +19,7 @@ from common import ROOT, SCRIPTS, ToolError, launch_environment, read_metrics
 
 SCRIPT = SCRIPTS[-1]
 MASTER = "172.25.0.100"
-STEPS, SAVE = 200, 50
+STEPS, SAVE = 100, 25
 FLAGS = f"""--dataset sample --tokenizer bpe:512 --n_layer 1 --n_head 2 --d_model 32 --block_size 32 --precision fp32
     --max_steps {STEPS} --log_interval 1 --save_interval {SAVE} --eval_interval 0 --timeout 30 --output_dir run
     """.split()

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import BASE, OFFLOAD, ROOT, ZERO2, ZERO3, losses, run_script
+import torch
+from conftest import BASE, OFFLOAD, ROOT, ZERO2, ZERO3, load_script, losses, run_script, script_args
 
 pytestmark = pytest.mark.drill
 SHAPE = """--dataset sample --tokenizer bpe:300 --n_layer 2 --n_head 4 --d_model 32 --block_size 32 --dropout 0
@@ -66,8 +67,27 @@ def test_a_divided_model_has_the_losses_of_base(name, words, ranks, sequences, s
     assert len(held) == ranks and max(weights for weights, _ in held) <= share * parameters
 
 
-def test_experts_train_and_count_tokens(tmp_path):
-    said = example("mixture_of_experts", tmp_path, "--max_steps", 20, train_micro_batch_size_per_gpu=4)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_sequence_on_two_ranks_has_the_gradient_of_base(stage, tmp_path):
+    """Adam would not show a gradient that is twice as large, clipping would."""
+    script = load_script(BASE)
+    args = script_args(script, *SHAPE, "--precision", "fp32", "--batch_size", str(SEQUENCES))
+    corpus = script.load_corpus(args)
+    torch.manual_seed(args.seed)
+    model = script.GPTLike(args, corpus.vocab_size)
+    blocks = corpus.streams["train"].unfold(0, args.block_size + 1, args.block_size)
+    model(*next(script.micro_batches(blocks, 0, args))).backward()
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item()
+    settings = {"train_micro_batch_size_per_gpu": SEQUENCES, "zero_optimization": {"stage": stage}}
+    said = example("sequence_parallel", tmp_path, **settings)
+    found = re.search(r"^step=1 loss=\S+ gradient_norm=(\S+)$", said, re.MULTILINE)
+    assert float(found[1]) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_experts_train_and_count_tokens(stage, tmp_path):
+    settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+    said = example("mixture_of_experts", tmp_path, "--max_steps", 20, **settings)
     found = losses_in(said)
     assert found[20] < found[1] - 0.1
     counts = [json.loads(text) for text in re.findall(r"tokens_per_expert=(.*)", said)]
@@ -87,6 +107,7 @@ def test_inference_gives_equal_logits_and_text(base, tmp_path):
         ("pipeline_parallel", 4, ["--stages", 3], "--stages 3 does not divide ranks 4"),
         ("pipeline_parallel", 2, ["--ds_config", "configs/zero2.json"], "take a JSON of stage 1 or below"),
         ("mixture_of_experts", 3, [], "--expert_ranks 2 does not divide ranks 3"),
+        ("mixture_of_experts", 2, ["--n_layer", 1], "every second block has experts: take --n_layer 2 or more"),
         ("mixture_of_experts", 2, ["--experts", 3], "--expert_ranks 2 does not divide experts 3"),
         ("mixture_of_experts", 2, ["--ds_config", "configs/zero3.json"], "take a JSON of stage 2 or below"),
         ("tensor_parallel", 2, ["--n_head", 3], "--tensor_ranks 2 does not divide n_head 3"),

@@ -180,10 +180,7 @@ def test_a_stuck_rank_ends_the_others(tmp_path):
     wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
     pids = rank_pids(tmp_path / "run")
     os.kill(pids[-1], signal.SIGSTOP)
-    began = time.monotonic()
     try:
-        wait_until(lambda: process.poll() is not None, 90)
-        seconds = time.monotonic() - began
+        wait_until(lambda: rank_pids(tmp_path / "run") == pids[-1:], 60)
     finally:
         end(process, tmp_path / "run")
-    assert seconds < 85

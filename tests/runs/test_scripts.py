@@ -68,7 +68,7 @@ def test_two_ranks_under_the_deepspeed_launcher(tmp_path):
     config = read_json(tmp_path / "run" / "model" / "config.json")
     assert config == {"n_layer": 2, "n_head": 4, "d_model": 64, "block_size": 32, "vocab_size": 512}
     assert weights["token_embedding.weight"].shape == (512, 64) and "head.weight" not in weights
-    again = run(command(ZERO2, *TINY, *STEPS, "--output_dir", tmp_path / "run", ranks=2))
+    again = run_script(ZERO2, *TINY, *STEPS, "--output_dir", tmp_path / "run", ranks=2)
     assert again.returncode == 0 and "finished: see" in again.stdout
 
 

@@ -172,7 +172,7 @@ def test_other_hosts_over_ssh_are_compared(machine):
     remove("deepspeed")(other)
     other.package("deepspeed", "0.9")
     body = f"""[[ "$*" != *me@locked* ]] || {{ echo 'Permission denied (publickey).' >&2; exit 255; }}
-echo 'a banner'; export PYTHONPATH={other.site}; while [[ $1 != -- ]]; do shift; done; exec "${{@:3}}" """
+echo 'a banner'; export PYTHONPATH={other.site}; while [[ $1 != -- ]]; do shift; done; exec bash -c "${{*:3}}" """
     machine.command("ssh", body)
     done = machine.run("--json", "--host", "me@node1", "me@locked")
     report = json.loads(done.stdout)
@@ -183,6 +183,23 @@ echo 'a banner'; export PYTHONPATH={other.site}; while [[ $1 != -- ]]; do shift;
     assert "same torch" not in rows
     locked = report["hosts"][1]["checks"][0]
     assert locked["found"] == "exit 255: Permission denied (publickey)." and "ssh-copy-id me@locked" in locked["fix"]
+
+
+def test_the_other_host_is_asked_by_the_venv_of_the_same_folder(machine):
+    """Over ssh no environment is active: the packages are those of .venv there."""
+    project = machine.folder / "a project"
+    for folder in ("scripts", ".venv/bin"):
+        (project / folder).mkdir(parents=True)
+    shutil.copy(SCRIPT, project / "scripts")
+    python = project / ".venv" / "bin" / "python"
+    python.write_text(f'#!{BASH}\nPYTHONPATH={machine.site} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    machine.command("ssh", 'while [[ $1 != -- ]]; do shift; done; cd /; exec bash -c "${*:3}"')
+    env = {name: value for name, value in machine.env.items() if name not in ("PYTHON", "PYTHONPATH")}
+    line = [BASH, str(project / "scripts" / "check_env.sh"), "--json", "--host", "me@node1"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    rows = {row["name"]: row for row in json.loads(done.stdout)["hosts"][0]["checks"]}
+    assert rows["torch"]["found"] == "2.13.0" and "same torch" not in rows, done.stdout
 
 
 def test_a_port_both_ways(machine):
