@@ -445,7 +445,7 @@ def start_distributed(args):
         if torch.cuda.is_available():
             args.device, args.device_name = f"cuda:{args.local_rank}", torch.cuda.get_device_name(args.local_rank)
             torch.cuda.set_device(args.device)  # before anything is allocated, or every rank would fill GPU 0
-        elif os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # unset, or the 1 that torchrun sets
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1)  # of which launcher
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
         # PyTorch would wait without end for the lock of a run that was killed while it loaded a C++ op.

@@ -4,8 +4,7 @@
 # Usage: scripts/check_env.sh [--json]                        this host; also ssh HOST bash -s < scripts/check_env.sh
 #        scripts/check_env.sh [--json] --host USER@HOST...    and these over ssh, compared with this one
 #        scripts/check_env.sh [--json] --peer HOST:PORT [--listen PORT] [--timeout 60]   a port both ways: on both hosts
-# environment: PYTHON=python3   MASTER_ADDR   MASTER_PORT=29500   SSH_OPTIONS="-p 2222 -i KEY" (words, for --host)
-#              PROJECT=.  whose .venv is taken where this comes from stdin; --host asks for the same folder there
+# environment: PYTHON   MASTER_ADDR   MASTER_PORT=29500   SSH_OPTIONS="-p 2222 -i KEY"   PROJECT=this folder, over ssh
 set -euo pipefail
 die() { printf 'check_env.sh: %s\n' "$1" >&2; exit "${2:-1}"; }
 

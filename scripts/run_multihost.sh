@@ -83,7 +83,7 @@ main() {
   printf '+'; printf ' %q' "${cmd[@]}"; echo; ! "$dry_run" || return 0
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
   [[ "$mode" != deepspeed ]] || write_deepspeed_env
-  echo "waiting for all hosts (RDZV_TIMEOUT=$RDZV_TIMEOUT); scripts/tools/network_check.py says which one is missing"
+  echo "waiting for all hosts; scripts/tools/network_check.py says which one is missing"
   exec "${cmd[@]}"
 }
 

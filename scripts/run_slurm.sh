@@ -8,7 +8,7 @@
 # Usage, in this folder: sbatch [SBATCH_FLAGS] scripts/run_slurm.sh [--dry_run] SCRIPT [SCRIPT_ARGS...]
 # environment: MASTER_PORT=29500   GPUS_PER_HOST (ranks on each node: what Slurm gave the node, else 1)
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_DISABLE: handed on as they are; nothing is chosen here
-# Example: sbatch --nodes=4 --gpus-per-node=8 scripts/run_slurm.sh DeepSpeed-GPTLike-Multihosts.py --epochs 1
+# Example: sbatch --exclusive --mem=0 --nodes=4 --gpus-per-node=8 scripts/run_slurm.sh DeepSpeed-GPTLike-Multihosts.py
 set -euo pipefail
 die() { printf '%s: %s\n' run_slurm.sh "$1" >&2; exit "${2:-1}"; } # sbatch runs a copy with another name
 
@@ -23,6 +23,7 @@ main() {
   names=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || die "scontrol cannot tell the nodes: its message is above"
   mapfile -t nodes <<< "$names"
   [[ "${nodes[0]}" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "scontrol names no first node: ${nodes[0]@Q}"
+  export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" # else srun gives a node's task one core
   [[ ! -x .venv/bin/python ]] || export PATH="$PWD/.venv/bin:$PATH" # srun hands it on
   [[ -n "${SLURM_GPUS_ON_NODE:-}" ]] || # on CPUs glibc is to keep freed memory for the next tensors; srun hands it on
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"

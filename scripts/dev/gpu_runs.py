@@ -128,9 +128,8 @@ class Launcher:
         return run
 
     def first(self, launch: Launch, output: Path) -> Run:
-        threads = max(1, len(os.sched_getaffinity(0)) // launch.ranks)  # torchrun's 1 makes Offload crawl
-        changes = {"OMP_NUM_THREADS": str(threads), "NVIDIA_TF32_OVERRIDE": "0"}  # fp32 is to be fp32
-        env, log = launch_environment(gpus=launch.device == "cuda", **changes), output.with_suffix(".log")
+        env = launch_environment(gpus=launch.device == "cuda", NVIDIA_TF32_OVERRIDE="0")  # fp32 is to be fp32
+        log = output.with_suffix(".log")
         with log.open("w") as file:
             words = self.command(launch, output)
             process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file)

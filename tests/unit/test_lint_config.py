@@ -42,6 +42,8 @@ ZERO = {"stage": 1, "stage3_prefetch_bucket_size": 5, "reduce_bucket_size": 500_
         (AUTO, (), 0, "this run takes gradient_clipping 1.0 instead of auto"),
         (config(zero_optimisation={}), (), 1, "FAIL .*unknown key zero_optimisation; close: .'zero_optimization'"),
         (config(train_batch_size=7), (), 1, "FAIL .*train_batch_size is not equal"),
+        (config(train_batch_size=32), ("--world_size", "4"), 0, "8 x 1 x 4 ranks = 32 sequences"),
+        (config(train_batch_size=8), ("--world_size", "4"), 1, "FAIL .*train_batch_size is not equal"),
         ("{", (), 1, "FAIL .*is not what this run can take"),
     ],
 )
