@@ -83,7 +83,7 @@ def rank_server() -> subprocess.Popen:
     )
 
 
-def run_script(script: str, *words: object, ranks: int = 1, cwd: Path = ROOT, **changes: str):
+def run_script(script: str | Path, *words: object, ranks: int = 1, cwd: Path = ROOT, **changes: str):
     """A Python file on so many ranks, to its end: forked from tests/ranks.py on CPUs, by torchrun on GPUs."""
     if os.environ["DS_ACCELERATOR"] != "cpu":
         return run(

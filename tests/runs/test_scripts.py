@@ -37,15 +37,19 @@ def test_alone_in_an_empty_folder(script, tmp_path):
     shutil.copy(ROOT / script, folder)
     if script != BASE:
         shutil.copy(ROOT / "configs" / f"{CONFIG_OF[script]}.json", folder / "configs")
-    words = command(script, *TINY, *STEPS, launcher="python")
-    words[1] = script
-    result = run(words, cwd=folder)
+    if script in (BASE, ZERO3):  # as a reader types it
+        words = command(script, *TINY, *STEPS, launcher="python")
+        words[1] = script
+        result = run(words, cwd=folder)
+    else:
+        result = run_script(folder / script, *TINY, *STEPS, cwd=folder)
     assert result.returncode == 0, result.stderr
     output = folder / "runs" / script.removesuffix(".py")
     stage = {BASE: 0, ZERO1: 1, ZERO3: 3}.get(script, 2)
     first = f"{script}: ZeRO stage {stage}, world size 1, precision fp32"
     said = result.stdout.splitlines()
-    assert [line for line in said if "this run takes" not in line and "built successfully" not in line][0] == first
+    lines = [line for line in said if "this run takes" not in line and "built successfully" not in line]
+    assert lines[0].endswith(first)
     assert (output / script).read_bytes() == (ROOT / script).read_bytes()
     assert read_json(output / "args.json")["max_steps"] == 3
     assert list(losses(output)) == [1, 2, 3] and 6.0 < losses(output)[1] < 6.5
@@ -106,8 +110,8 @@ def test_the_tutorials_own_json(tmp_path):
 
 @pytest.mark.drill
 def test_compile_and_accumulation(tmp_path):
-    train(ZERO3, tmp_path / "plain", *STEPS, "--dropout", "0", ranks=2)
-    words = ("--compile", "--gradient_accumulation_steps", "4", "--batch_size", "1", "--dropout", "0")
+    train(ZERO3, tmp_path / "plain", *STEPS, "--dropout", "0", "--n_layer", "1", ranks=2)
+    words = ("--compile", "--gradient_accumulation_steps", "4", "--batch_size", "1", "--dropout", "0", "--n_layer", "1")
     train(ZERO3, tmp_path / "other", *STEPS, *words, ranks=2)
     pairs = zip(losses(tmp_path / "plain").values(), losses(tmp_path / "other").values(), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5

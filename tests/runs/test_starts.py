@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import BASE, ROOT, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run, run_script, train
+from conftest import BASE, ROOT, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run_script, train
 
 pytestmark = pytest.mark.slow
 STEPS = ["--max_steps", "2"]
@@ -28,8 +28,8 @@ STEPS = ["--max_steps", "2"]
     ],
 )
 def test_wrong_environment(script, variables, message, tmp_path):
-    words = command(script, *TINY, *STEPS, "--timeout", "5", "--output_dir", tmp_path, launcher="python")
-    result = run(words, **{"MASTER_PORT": str(free_port())} | variables)
+    place = {"MASTER_PORT": str(free_port())} | variables
+    result = run_script(script, *TINY, *STEPS, "--timeout", "5", "--output_dir", tmp_path, **place)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
 
     assert re.search(message, result.stderr, re.DOTALL)
@@ -37,7 +37,6 @@ def test_wrong_environment(script, variables, message, tmp_path):
 
 @pytest.mark.drill
 def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
-    words = command(ZERO1, *TINY, *STEPS, "--timeout", "8", "--output_dir", tmp_path, launcher="python")
     place = {
         "RANK": "0",
         "WORLD_SIZE": "2",
@@ -45,7 +44,7 @@ def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    result = run(words, **place, timeout=120)
+    result = run_script(ZERO1, *TINY, *STEPS, "--timeout", "8", "--output_dir", tmp_path, **place)
     assert result.returncode == 1 and "cannot join the other ranks" in result.stderr
     assert "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=" in result.stderr
     assert "Were all hosts started?" in result.stderr and "network_check.py" in result.stderr
