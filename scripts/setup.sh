@@ -25,7 +25,8 @@ install_packages() {
     return
   fi
   echo "installing the packages of $file into .venv (minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" ||
+  # Without bytecode: Python writes that at the first import, of what is imported.
+  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r "$file" ||
     die "pip could not install $file: its message is above"
   stamp "$file" > ".venv/installed-$file"
   stamp requirements.txt > .venv/installed-requirements.txt # every other file includes this one
