@@ -72,11 +72,10 @@ def main(args, config):
             engine.step()
             losses.append(torch.stack([loss, balance_loss / len(layers)]).detach())
             counts = counts + torch.stack([layer.counts for layer in layers])
-        loss, balance_loss = mean_over_ranks(torch.stack(losses).mean(dim=0)).tolist()
-        counts = mean_over_ranks(counts.float().to(engine.device)) * RANKS
-        base.log(
-            f"step={step + 1} loss={loss:.6f} balance_loss={balance_loss:.4f} tokens_per_expert={counts.int().tolist()}"
-        )
+        mean_loss, mean_balance = mean_over_ranks(torch.stack(losses).mean(dim=0)).tolist()
+        tokens = mean_over_ranks(counts.float().to(engine.device)) * RANKS  # of all ranks
+        line = f"step={step + 1} loss={mean_loss:.6f} balance_loss={mean_balance:.4f}"
+        base.log(f"{line} tokens_per_expert={tokens.int().tolist()}")
     show_held(f"{args.experts // args.expert_ranks} of {args.experts} experts", engine)
 
 

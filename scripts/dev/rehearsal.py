@@ -43,7 +43,10 @@ class Host:
         print(f"  [{self.name}] {' '.join(words)}", flush=True)
         own = {"HF_HOME": str(self.path / "hf"), "TMPDIR": str(self.path / "tmp")}
         own |= {"GLOO_SOCKET_IFNAME": "eno1", "NCCL_SOCKET_IFNAME": "=eno1"}
-        enter = ["nsenter", "-t", str(self.holder), "--net", "--uts", "--mount", "env", "-C", str(self.path)]
+        cores = sorted(os.sched_getaffinity(0))
+        half = ",".join(map(str, cores[self.number :: 2] or cores))  # each host has cores of its own
+        enter = ["taskset", "-c", half, "nsenter", "-t", str(self.holder), "--net", "--uts", "--mount"]
+        enter += ["env", "-C", str(self.path)]
         with self.log.open("w") as screen:
             env = launch_environment(gpus=False, **own, **env)
             return subprocess.Popen([*enter, *words], env=env, stdout=screen, stderr=screen)

@@ -12,7 +12,7 @@ from conftest import ROOT, run
 
 SCRIPT = ROOT / "scripts" / "rehearse_multihost.sh"
 DRILLS = {
-    "plain": r"100 losses of two hosts and of one host with two ranks are at most (\d\.\de-\d\d) apart",
+    "plain": r"100 losses of two hosts and of one host with two ranks are at most (\d\.\de[-+]\d\d) apart",
     "host-missing": r"the run ended; network_check.py named rank 1, and with both hosts the interface of each",
     "host-lost": r"continued from step 25; losses and final weights are those of the undisturbed run",
     "split-disks": r"continued after step \d+ exactly as undisturbed; a lost disk is refused",

@@ -63,13 +63,10 @@ def test_wrong_flags():
     assert code == 2 and "--node_rank runs from 0 to below --nnodes" in text
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--launcher", "deepspeed", "--no_ssh", "--hostfile"]], ids=["torchrun", "no_ssh"]
-)
-def test_run_multihost_trains_on_two_hosts(tmp_path, flags):
-    """Two commands on this machine, as on two hosts."""
+def test_run_multihost_trains_on_two_hosts_by_deepspeed(tmp_path):
+    """Two commands on this machine, as on two hosts. By torchrun it trains in the rehearsal's drill elastic."""
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    flags = [*flags, tmp_path / "hosts"] if flags else []
+    flags = ["--launcher", "deepspeed", "--no_ssh", "--hostfile", tmp_path / "hosts"]
     words = ["bash", "scripts/run_multihost.sh", *flags, MULTIHOSTS, *TINY, "--max_steps", 3]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RDZV_TIMEOUT": "60"}
     hosts = [start([*words, "--output_dir", tmp_path / "run"], NODE_RANK=str(rank), **place) for rank in (0, 1)]
