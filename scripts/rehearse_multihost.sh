@@ -49,7 +49,7 @@ main() {
   done
   [[ "${drills[0]}" != all ]] || drills=("${DRILLS[@]}")
   [[ " ${DRILLS[*]} " == *" ${drills[0]} "* ]] || die "no drill ${drills[0]}: write all or one of ${DRILLS[*]}" 2
-  for tool in unshare nsenter ip; do
+  for tool in unshare nsenter taskset ip; do
     command -v "$tool" >/dev/null || die "no $tool: on Debian and Ubuntu, apt-get install util-linux iproute2"
   done
   python="$root/.venv/bin/python"

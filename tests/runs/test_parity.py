@@ -1,5 +1,6 @@
 """Every script trains the same model: losses step by step beside GPTLike-Base.py, on real English text."""
 
+import os
 import tempfile
 
 import pytest
@@ -32,7 +33,8 @@ def rows(said: str) -> dict[str, list[str]]:
     ids=["stages", "offload and hosts", "four ranks with four micro batches"],
 )
 def test_losses_are_those_of_base(words, scripts, capsys, monkeypatch):
-    monkeypatch.setattr(parity.subprocess, "call", call)
+    if os.environ["DS_ACCELERATOR"] == "cpu":  # else parity.py hides the GPUs from the runs that it starts
+        monkeypatch.setattr(parity.subprocess, "call", call)
     assert parity.main([*words, "--scripts", *scripts]) == 0
     found = rows(capsys.readouterr().out)
     assert list(found) == ["Base", *scripts]
