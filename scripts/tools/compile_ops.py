@@ -8,6 +8,7 @@ Run: python scripts/tools/compile_ops.py     exit 0: ready; 1: one does not buil
 """
 
 import argparse
+import glob
 import os
 import subprocess
 import time
@@ -20,6 +21,16 @@ from torch.utils import cpp_extension
 CURE = "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install g++ python3-dev"
 
 
+def heed_lock(lock: Path) -> None:
+    """Remove a lock that no process here has open: PyTorch waits for it, in silence and for ever."""
+    held = set(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*"))))
+    if str(lock.resolve()) in held:
+        print("  waiting for another process that compiles", flush=True)
+    elif lock.exists() and time.time() - lock.stat().st_mtime > 3:  # younger: of another host?
+        print(f"  removing {lock}: its process was killed", flush=True)
+        lock.unlink(missing_ok=True)
+
+
 def compile_op(name: str) -> None:
     """Where it does not build, the end, with the compiler's first error out of a log of hundreds of lines."""
     from deepspeed.accelerator import get_accelerator
@@ -28,8 +39,7 @@ def compile_op(name: str) -> None:
     try:
         builder = get_accelerator().create_op_builder(name)
         lock = Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock")
-        if lock.exists():  # PyTorch waits, in silence and for ever, for its maker: perhaps a process that was killed
-            print(f"  waiting for another process that compiles. If there is none, delete {lock}", flush=True)
+        heed_lock(lock)
         builder.load(verbose=False)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
         lines = (str(error).strip() or repr(error)).splitlines()

@@ -1,13 +1,12 @@
 """examples/: other ways to divide the GPT have GPTLike-Base.py's losses; configs/variants/ train as the page says."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, OFFLOAD, ROOT, ZERO2, ZERO3, load_script, losses, run_script, script_args
+from conftest import BASE, OFFLOAD, PATIENT, ROOT, ZERO2, ZERO3, load_script, losses, run_script, script_args
 
 pytestmark = pytest.mark.drill
 SHAPE = """--dataset sample --tokenizer bpe:300 --n_layer 2 --n_head 4 --d_model 32 --block_size 32 --dropout 0
@@ -129,7 +128,7 @@ TRAIN = {  # on CPU ranks, too: script, and the least and the most bytes of opti
 }
 FEW_CORES = {
     "muon": "DeepSpeed compiles Muon's step, which takes minutes on few cores",
-    "zenflow": "ZenFlow's own process takes cores for itself: with few of them a step can take minutes",
+    "zenflow": "ZenFlow's own process takes cores for itself, so that a step can take minutes on few cores",
 }
 NO_CPU = "ops/op_builder/cpu/no_impl.py", "had not been implemented on CPU backend"
 GPU_ONLY = {  # and the file of deepspeed's whose words say so
@@ -144,13 +143,14 @@ GPU_ONLY = {  # and the file of deepspeed's whose words say so
 @pytest.mark.parametrize("name", TRAIN)
 def test_a_variant_trains_on_cpu_ranks(name, tmp_path):
     script, least, most = TRAIN[name]
-    if os.cpu_count() < 8 and name in FEW_CORES:
-        pytest.skip(FEW_CORES[name])
+    if name in FEW_CORES and not PATIENT:
+        pytest.skip(f"{FEW_CORES[name]}: set PATIENT=1 to wait for it")
     flags = ["--ds_config", VARIANTS / f"{name}.json", "--batch_size", 4, "--log_interval", 1, "--lr", "3e-3"]
+    flags += ["--max_steps", 20, "--warmup_steps", 1]
     done = run_script(script, *SHAPE, *flags, "--output_dir", tmp_path / "run", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")
-    assert found[6] < found[1]
+    assert found[20] < found[1] - 0.1
     ledger = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
     if least:
         parameters = json.loads((tmp_path / "run" / "args.json").read_text())["n_params"]

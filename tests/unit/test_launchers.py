@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import compile_ops
 import pytest
 from conftest import BIN, ROOT, free_port
 from hub_server import HANG, HubServer, wikitext_repo
@@ -112,6 +113,17 @@ def test_test_sh_refuses_an_unknown_flag(machine):
     assert result.stderr == (
         "test.sh: unknown flag --fats: write --fast, --all or --, and after it what pytest is to get\n"
     )
+
+
+def test_setup_removes_the_lock_of_a_killed_process_only(tmp_path, capsys):
+    """PyTorch would wait for it without end."""
+    lock = tmp_path / "lock"
+    with lock.open("w"):
+        os.utime(lock, (0, 0))
+        compile_ops.heed_lock(lock)
+        assert lock.exists() and "waiting for another process that compiles" in capsys.readouterr().out
+    compile_ops.heed_lock(lock)
+    assert not lock.exists() and f"removing {lock}: its process was killed" in capsys.readouterr().out
 
 
 def test_setup_refuses_an_unknown_file_and_an_old_python(machine, tmp_path):
