@@ -651,6 +651,11 @@ def main():
 
     mark, output = load_checkpoint(engine, args), Path(args.output_dir)
     start, best, ledger = mark["step"], mark["best"], mark["ledger"]
+    # ZeRO-Offload: DeepSpeed reads swapped weights back, but neither Adam's moments nor weights too small to swap.
+    if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        log("optimizer states on NVMe: DeepSpeed cannot resume such a run, a kill costs all of it")
+        if 0 < start < args.max_steps:
+            raise UserError(f"{output} stopped at step {start}: add --overwrite, or choose another --output_dir")
     if args.first_of_disk:
         write_json(output / "args.json", vars(args))
         write_json(output / "ds_config.json", ds_config)

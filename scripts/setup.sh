@@ -25,9 +25,10 @@ install_packages() {
     return
   fi
   echo "installing the packages of $file into .venv (minutes the first time)"
-  # Without bytecode: Python writes that at the first import, of what is imported.
+  # Python writes bytecode at the first import. Where it may not, as in many containers: now, but for a few templates.
   .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r "$file" ||
     die "pip could not install $file: its message is above"
+  [[ -z "${PYTHONDONTWRITEBYTECODE:-}" ]] || .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || :
   stamp "$file" > ".venv/installed-$file"
   stamp requirements.txt > .venv/installed-requirements.txt # every other file includes this one
 }

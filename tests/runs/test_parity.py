@@ -10,11 +10,15 @@ pytestmark = pytest.mark.slow
 parity = load_script("scripts/dev/parity.py")
 
 
-def call(line, *, stdout, **_) -> int:
-    """In the place of subprocess.call."""
-    done = run_line(line)
-    stdout.write(done.stdout + done.stderr)
-    return done.returncode
+@pytest.fixture(autouse=True)
+def quick_starts(monkeypatch):
+    def call(line, *, stdout, **_) -> int:
+        done = run_line(line)
+        stdout.write(done.stdout + done.stderr)
+        return done.returncode
+
+    if os.environ["DS_ACCELERATOR"] == "cpu":  # else parity.py hides the GPUs from the runs that it starts
+        monkeypatch.setattr(parity.subprocess, "call", call)
 
 
 def rows(said: str) -> dict[str, list[str]]:
@@ -32,9 +36,7 @@ def rows(said: str) -> dict[str, list[str]]:
     ],
     ids=["stages", "offload and hosts", "four ranks with four micro batches"],
 )
-def test_losses_are_those_of_base(words, scripts, capsys, monkeypatch):
-    if os.environ["DS_ACCELERATOR"] == "cpu":  # else parity.py hides the GPUs from the runs that it starts
-        monkeypatch.setattr(parity.subprocess, "call", call)
+def test_losses_are_those_of_base(words, scripts, capsys):
     assert parity.main([*words, "--scripts", *scripts]) == 0
     found = rows(capsys.readouterr().out)
     assert list(found) == ["Base", *scripts]

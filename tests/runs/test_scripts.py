@@ -140,9 +140,12 @@ def test_another_version_of_torch(tmp_path):
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_parameters_and_states_on_nvme(tmp_path):
+    """DeepSpeed would go on from zeroed moments, so a run is not resumed."""
     require_nvme()
     (tmp_path / "nvme").mkdir()
     words = command(OFFLOAD, *TINY, *STEPS, "--ds_config", ROOT / "configs" / "zero_infinity.json", ranks=2)
     result = run([*words, "--output_dir", str(tmp_path / "run")], cwd=tmp_path, timeout=800)
     assert result.returncode == 0, result.stderr
-    assert len(losses(tmp_path / "run")) == 3
+    assert len(losses(tmp_path / "run")) == 3 and "DeepSpeed cannot resume such a run" in result.stdout
+    longer = run([*words, "--output_dir", str(tmp_path / "run"), "--max_steps", "5"], cwd=tmp_path)
+    assert longer.returncode == 1 and "stopped at step 3: add --overwrite, or" in longer.stderr
