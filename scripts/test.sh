@@ -33,6 +33,7 @@ main() {
   esac
   [[ "${1:-}" != --fast && "${1:-}" != --all ]] || die "--fast and --all: one at a time" 2
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  unset PYTHONDONTWRITEBYTECODE # or each process would compile its imports again
   part set-up bash scripts/setup.sh requirements-dev.txt || die "set-up failed"
   export PATH="$PWD/.venv/bin:$PATH"
   part ruff ruff check . || failed+=(ruff)

@@ -38,8 +38,7 @@ def compile_op(name: str) -> None:
     start = time.perf_counter()
     try:
         builder = get_accelerator().create_op_builder(name)
-        lock = Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock")
-        heed_lock(lock)
+        heed_lock(Path(cpp_extension._get_build_directory(builder.name, verbose=False), "lock"))
         builder.load(verbose=False)
     except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
         lines = (str(error).strip() or repr(error)).splitlines()
