@@ -22,6 +22,7 @@ import common  # noqa: E402
 
 BASE, ZERO1, ZERO2, ZERO3, OFFLOAD, MULTIHOSTS = common.SCRIPTS
 PATIENT = os.cpu_count() >= 8 or "PATIENT" in os.environ  # for what takes minutes on few cores
+patiently = pytest.mark.skipif(not PATIENT, reason="few cores, little time: set PATIENT=1 to wait for it")
 TINY = """--dataset sample --tokenizer bpe:512 --n_layer 2 --n_head 4 --d_model 64 --block_size 32 --batch_size 4
     --precision fp32 --log_interval 1""".split()
 

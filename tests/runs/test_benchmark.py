@@ -3,7 +3,7 @@
 import tempfile
 
 import pytest
-from conftest import ROOT, load_script, run
+from conftest import ROOT, load_script, patiently, run
 
 pytestmark = pytest.mark.drill
 benchmark = load_script("scripts/dev/benchmark.py")
@@ -22,6 +22,7 @@ def test_contestants_in_one_table(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("benchmark-*"))
 
 
+@patiently
 def test_startup_beside_two_imports(capsys):
     benchmark.main([*TINY, "--startup", "--contestants", "original"])
     table = capsys.readouterr().out.split("vocabulary 300\n")[1].splitlines()

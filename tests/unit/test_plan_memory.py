@@ -7,7 +7,7 @@ import memory_peaks
 import plan_memory
 import pytest
 import torch
-from conftest import BASE, ROOT, ZERO2, load_script, run
+from conftest import BASE, ROOT, ZERO2, load_script, patiently, run
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -114,6 +114,7 @@ def test_the_smallest_gpu_and_the_host_decide(monkeypatch, capsys):
 
 
 @pytest.mark.drill
+@patiently
 def test_a_measured_run_is_as_planned():
     words = f"--measure {ZERO2} --ranks 2 --n_layer 2 --n_head 4 --d_model 128 --block_size 64 --precision fp32"
     done = run([sys.executable, str(ROOT / "scripts" / "tools" / "plan_memory.py"), *words.split(), "--dropout", "0"])
