@@ -1,8 +1,7 @@
 """Compile the C++ ops that the scripts use, so that no run waits for them.
 
 CPUAdam is the AdamW of ZeRO-Offload. The shared-memory op is loaded in each run on a machine without a GPU.
-DeepSpeed finds them in ~/.cache/torch_extensions (or $TORCH_EXTENSIONS_DIR), one for each version of Python and kind of
-device. Compiled already, they take a second or two.
+DeepSpeed finds them in ~/.cache/torch_extensions (or $TORCH_EXTENSIONS_DIR), by Python's version and kind of device.
 
 Run: python scripts/tools/compile_ops.py     exit 0: ready; 1: one does not build
 """
@@ -23,12 +22,13 @@ CURE = "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install
 
 def heed_lock(lock: Path) -> None:
     """Remove a lock that no process here has open: PyTorch waits for it, in silence and for ever."""
+    if not lock.exists():
+        return
     held = set(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*"))))
     if str(lock.resolve()) in held:
-        print("  waiting for another process that compiles", flush=True)
-    elif lock.exists() and time.time() - lock.stat().st_mtime > 3:  # younger: of another host?
-        print(f"  removing {lock}: its process was killed", flush=True)
-        lock.unlink(missing_ok=True)
+        return print("  waiting for another process that compiles", flush=True)
+    print(f"  removing {lock}: its process was killed", flush=True)
+    lock.unlink(missing_ok=True)
 
 
 def compile_op(name: str) -> None:
