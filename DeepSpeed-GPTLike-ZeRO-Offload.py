@@ -603,7 +603,7 @@ def full_weights(engine):
 def check_offload(zero, path):
     # ZeRO-Offload: DeepSpeed would ignore the first in silence and end in a traceback at the second.
     for name in ("offload_optimizer", "offload_param"):
-        section = zero.get(name, {})
+        section = zero.get(name) or {}
         device = section.get("device", "none")
         if zero["stage"] < 3 and (device == "nvme" or (name == "offload_param" and device != "none")):
             raise UserError(f"--ds_config {path}: stage 2 offloads the optimizer to the CPU, all else needs stage 3")

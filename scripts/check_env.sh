@@ -9,7 +9,7 @@ set -euo pipefail
 die() { printf 'check_env.sh: %s\n' "$1" >&2; exit "${2:-1}"; }
 
 export LC_ALL=C
-SELF=${BASH_SOURCE[0]:-} US=$'\x1f' PY="" ROWS=() GPUS=0 GPU_NAMES="" DRIVER="" NVCC="none (no nvcc)"
+SELF=${BASH_SOURCE[0]:-} US=$'\x1f' PY="" ROWS=() GPUS=0 DRIVER="" NVCC="none (no nvcc)"
 
 # Rows are "host NAME", "line TEXT" and "row VERDICT NAME FOUND WANTED FIX", with US between the fields.
 row() { ROWS+=("row$(printf "$US%s" "${@//[^ -~]/ }")"); }
@@ -17,27 +17,27 @@ row() { ROWS+=("row$(printf "$US%s" "${@//[^ -~]/ }")"); }
 command -v timeout >/dev/null || timeout() { shift; "$@"; } # SECONDS COMMAND...
 
 check_gpus() {
-  local text="" status=0 line
+  local text="" status=0 line names=""
   if command -v nvidia-smi >/dev/null; then text=$(timeout 20 nvidia-smi -L 2>&1) || status=$?; fi
   while read -r line; do
-    if [[ $line =~ ^GPU\ [0-9]+:\ (.*)\ \(UUID ]]; then GPUS=$((GPUS + 1)) GPU_NAMES+="${BASH_REMATCH[1]}, "; fi
+    if [[ $line =~ ^GPU\ [0-9]+:\ (.*)\ \(UUID ]]; then GPUS=$((GPUS + 1)) names+="${BASH_REMATCH[1]}, "; fi
   done <<< "$text"
   if [[ $GPUS != 0 ]]; then
-    row ok GPUs "${GPU_NAMES%, }" any ""
+    row ok GPUs "${names%, }" any ""
     DRIVER=$(timeout 20 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || DRIVER=""
     DRIVER=${DRIVER%%$'\n'*}
-  elif [[ -n $text && $status != 0 && $status != 6 ]]; then # 6: no device
-    row FAIL GPUs "nvidia-smi fails: ${text##*$'\n'}" "a driver that answers" "reboot after an update of the driver"
+  elif [[ $status != 0 && $status != 6 ]]; then # 6: no device
+    row FAIL GPUs "nvidia-smi fails: exit $status ${text##*$'\n'}" "an answer in 20 s" "reboot after an update of the driver"
   else
     row warn GPUs none "an NVIDIA GPU" "training works on CPU ranks, slowly; with a GPU, install its driver"
   fi
 }
 
 ask_python() { # one call for all that Python finds out more simply than bash; prints rows
-  timeout 90 "${PY:-python3}" - "$GPUS" "$GPU_NAMES" "$DRIVER" 2>/dev/null << 'PROBE'
+  timeout 90 "${PY:-python3}" - "$GPUS" "$DRIVER" 2>/dev/null << 'PROBE'
 import fcntl, glob, ipaddress, os, platform, re, shutil, socket, struct, sys, urllib.request
 from importlib import metadata
-gpus, gpu_names, driver, env = int(sys.argv[1]), sys.argv[2], sys.argv[3], os.environ.get
+gpus, driver, env = int(sys.argv[1]), sys.argv[2], os.environ.get
 def row(verdict, name, found, wanted, fix=""):
     words = ("row", verdict, name, found, wanted, "" if verdict == "ok" else fix)
     print("\x1f".join(re.sub("[^ -~]", " ", str(word)) for word in words), flush=True)
@@ -70,9 +70,6 @@ if gpus:
     hidden = env("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
     judge(seen, "torch's CUDA", cuda, "torch.cuda.is_available()", "unset CUDA_VISIBLE_DEVICES" if hidden else
           "the driver is too old, no /dev/nvidia* in here, or a torch for CPUs: " + wheel, "warn" if hidden else "FAIL")
-    if "GeForce" in gpu_names and gpus > 1:
-        judge(env("NCCL_P2P_DISABLE") == "1", "P2P of GPUs", "GeForce", "NCCL_P2P_DISABLE=1",
-              "if the first step hangs: export NCCL_P2P_DISABLE=1")
 judge(shutil.which("c++"), "g++", shutil.which("c++") or "none", "any",
       "DeepSpeed's ops do not compile, PyTorch's are taken: apt-get install g++ python3-dev")
 cache = os.path.join(env("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions", "py%d%d_*")
@@ -90,8 +87,6 @@ for name, found, warn, fail, fix in (
 ):
     row("ok" if found >= warn << 20 else "warn" if found >= fail << 20 else "FAIL", name, "%d MiB free" % (found >> 20),
         ">= %d MiB" % warn, fix)
-kernel = [int(number) for number in re.findall(r"\d+", platform.release())[:2]]
-judge(kernel >= [5, 5], "kernel", platform.release(), ">= 5.5", "older ones can make a process hang: update it")
 try:
     own = socket.gethostbyname(socket.gethostname())
 except OSError:
@@ -114,13 +109,15 @@ if master:
         address = socket.getaddrinfo(master, None, socket.AF_INET)[0][4][0]
         probe.connect((address, 9))  # sends nothing
         way, here = ways.get(probe.getsockname()[0], "?"), address in ways
-        wrong = [name for name, value in chosen.items() if not here and value[0] != "^" and not way.startswith(value)]
+        fits = [value[0] == "^" or way.startswith(tuple(value.split(","))) for value in chosen.values()]
+        wrong = [name for name, good in zip(chosen, fits) if not (here or good)]
         judge(not wrong, "route to master", "this host" if here else way + " " + probe.getsockname()[0],
               "the interface chosen", "export %s=%s" % ("".join(wrong[:1]), way))
         judge(not ipaddress.ip_address(address).is_global, "master is private", address, "a private address",
               "who reaches the port can join the run: take a private address, or close the port with a firewall")
     except (OSError, UnicodeError) as error:
-        row("FAIL", "route to master", "%s: %s" % (master, error), "an address with a route", "mend MASTER_ADDR")
+        row("warn" if ":" in master else "FAIL", "route to master", "%s: %s" % (master, error), "an IPv4 address",
+            "mend MASTER_ADDR; IPv6 is not checked here")
 try:
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,12 +178,13 @@ for name, found in ("outgoing", reason), ("incoming", "nobody came to %d" % list
     print("\x1f".join(("row", "FAIL" if fix else "ok", name, met.get(name, found), "a connection", fix)))
 PEER
   )
+  [[ ${#ROWS[@]} != 0 ]] || row FAIL peer "the check ended: its error is above" "both ways" "set PYTHON to 3.11 or newer"
 }
 
 check_other() { # USER@HOST: its rows, by this script over ssh
   local options=() words=("PROJECT=$(printf %q "$(cd "$root" && pwd)")") text status=0 rows=()
   read -ra options <<< "${SSH_OPTIONS:-}" || :
-  [[ ! ${MASTER_ADDR:-} =~ ^[A-Za-z0-9_.:-]+$ ]] || words+=("MASTER_ADDR=$MASTER_ADDR")
+  for text in MASTER_ADDR MASTER_PORT; do [[ ! ${!text:-} =~ ^[A-Za-z0-9_.:-]+$ ]] || words+=("$text=${!text}"); done
   text=$(timeout 150 ssh -o BatchMode=yes -o ConnectTimeout=10 ${options[@]+"${options[@]}"} -- "$1" \
     env "${words[@]}" bash -s -- --rows < "$SELF" 2>&1) || status=$?
   mapfile -t rows < <(grep -aE "^(row|line)$US" <<< "$text")
@@ -207,8 +205,8 @@ for text in sys.stdin.read().splitlines():
 for name in "Python", "torch", "deepspeed", "transformers", "datasets":
     found = ["".join(row["found"] for row in host["checks"] if row["name"] == name).split(" ")[0] for host in hosts]
     for host, there in zip(hosts, found):
-        words = "FAIL", "same " + name, "%s, here %s" % (there or "none", found[0] or "none"), "equal", "install that"
-        host["checks"] += [dict(zip(keys, words))] if there != found[0] else []
+        words = "FAIL", "same " + name, "%s, here %s" % (there, found[0]), "equal", "install that"
+        host["checks"] += [dict(zip(keys, words))] if "" != there != found[0] != "" else []
 for host in hosts if sys.argv[1] == "text" else []:
     wide = [max([len(row[key]) for row in host["checks"]] or [0]) for key in keys[:4]]
     print("\n".join(host["lines"] or ["===== Host: %s =====" % host["host"]]))
@@ -227,18 +225,20 @@ main() {
       --host) while [[ ${2:-} =~ ^[A-Za-z0-9_][A-Za-z0-9_.@:-]*$ ]]; do hosts+=("$2"); shift; done
         [[ ${#hosts[@]} != 0 && -r $SELF ]] || die "--host needs USER@HOST, and this script as a file" 2 ;;
       --peer) [[ ${2:-} =~ ^([A-Za-z0-9][A-Za-z0-9.-]*):([0-9]{1,5})$ ]] || die "--peer ${2:-}: write HOST:PORT" 2
-        peer=("${BASH_REMATCH[@]:1}"); shift ;;
+        peer=("${BASH_REMATCH[@]:1}") listen=${listen:-${peer[1]}}; shift ;;
       --listen) [[ ${2:-} =~ ^[0-9]{1,5}$ ]] || die "--listen ${2:-}: write a port" 2; listen=$2; shift ;;
       --timeout) [[ ${2:-} =~ ^[0-9]{1,5}$ ]] || die "--timeout ${2:-}: write seconds" 2; seconds=$2; shift ;;
       *) die "unknown word $1: write --json, --host, --peer, --listen or --timeout" 2 ;;
     esac
     shift
   done
-  [[ $SELF != */* ]] || root=${SELF%/*}/..
-  for PY in "${PYTHON:-$root/.venv/bin/python}" ${PYTHON:-python3} ${PYTHON:-python} ""; do
+  [[ ${#peer[@]} == 0 || ${#hosts[@]} == 0 ]] || die "--peer and --host: one at a time" 2
+  for name in "${listen:-1}" "${peer[1]:-1}"; do ((10#$name > 0 && 10#$name < 65536)) || die "$name is no port" 2; done
+  [[ ! -f $SELF ]] || root=${SELF%check_env.sh}..
+  for PY in "${PYTHON:-$root/.venv/bin/python}" "${PYTHON:-python3}" "${PYTHON:-python}" ""; do
     if [[ -z $PY ]] || command -v -- "$PY" >/dev/null; then break; fi
   done
-  if [[ ${#peer[@]} != 0 ]]; then check_peer "${peer[@]}" "${listen:-${peer[1]}}" "$seconds"; else check_host; fi
+  if [[ ${#peer[@]} != 0 ]]; then check_peer "${peer[@]}" "$listen" "$seconds"; else check_host; fi
   ROWS=("host$US$(uname -n)" "${ROWS[@]}")
   for name in ${hosts[@]+"${hosts[@]}"}; do check_other "$name"; done
   if [[ $form == rows ]]; then printf '%s\n' "${ROWS[@]}"; return; fi

@@ -2,8 +2,7 @@
 # Start a training script on several hosts: this command on each of them, or with --launcher deepspeed on one for all.
 # Usage: scripts/run_multihost.sh [--dry_run] [FLAGS] SCRIPT [SCRIPT_ARGS...]     other flags are for the launcher
 #   --elastic             torchrun's c10d rendezvous; NNODES may be MIN:MAX, and --max-restarts N restarts the ranks
-#   --launcher deepspeed  the hosts and ranks of --hostfile FILE (configs/hostfile), started over ssh by pdsh, after
-#                         --venv_script FILE is sourced there; with --no_ssh each host starts its own, as torchrun does
+#   --launcher deepspeed  the hosts of --hostfile FILE (configs/hostfile), by pdsh; with --no_ssh each host starts its own
 # environment: MASTER_ADDR (first host)   NODE_RANK=0,1,.. (this host)   NNODES=2   MASTER_PORT=29500   RDZV_ID=gptlike
 #   GPUS_PER_HOST (ranks here: CUDA_VISIBLE_DEVICES or all GPUs, else 1)   RDZV_TIMEOUT=300 (seconds to wait for hosts)
 set -euo pipefail
@@ -15,8 +14,7 @@ choose() { # NAME VALUE WHY
 
 choose_network() { # the interface that leads to MASTER_ADDR
   local address route own
-  address=$(getent ahosts "$MASTER_ADDR") || die "MASTER_ADDR=$MASTER_ADDR does not resolve: write an address"
-  address=${address%%[[:space:]]*}
+  read -r address _ < <(getent ahosts "$MASTER_ADDR") || die "MASTER_ADDR=$MASTER_ADDR does not resolve: write an address"
   [[ "$address" != 127.* || "$MASTER_ADDR" =~ ^(127\.|localhost$) ]] ||
     die "MASTER_ADDR=$MASTER_ADDR resolves to $address, which other hosts cannot reach: write its address"
   own=$(ip -o address show to "$address") || die "no ip here, which finds the interface: apt-get install iproute2"
@@ -37,29 +35,30 @@ write_deepspeed_env() { # pdsh hands on NCCL* and PYTHON* only; DeepSpeed reads 
 }
 
 main() {
-  local dry_run=false mode=torchrun hostfile=configs/hostfile words=() gpus ids=() cmd name
+  local dry_run=false mode launcher=torchrun kind="" hostfile=configs/hostfile words=() gpus ids=() cmd name
   : "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}" "${NNODES:=2}" "${NODE_RANK:=}" "${RDZV_TIMEOUT:=300}"
   while [[ $# -gt 0 && "$1" != *.py ]]; do
     case "$1" in
       --dry_run) dry_run=true ;;
-      --elastic) mode=elastic ;;
-      --launcher) [[ "$mode" == no_ssh ]] || mode=${2:-}; shift ;;
+      --elastic) kind=elastic ;;
+      --no_ssh) kind=no_ssh words+=(--no_ssh --node_rank "$NODE_RANK") ;;
+      --launcher) launcher=${2:-}; shift ;;
       --hostfile) hostfile=${2:-}; shift ;;
       --launcher=* | --hostfile=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-      --no_ssh) mode=no_ssh words+=(--no_ssh --node_rank "$NODE_RANK") ;;
       *) words+=("$1") ;;
     esac
     shift || die "the last flag needs a value" 2
   done
   [[ -f "${1:-}" ]] || die "no such script: ${1:-(none given)}" 2
-  [[ "$mode" =~ ^(torchrun|elastic|deepspeed|no_ssh)$ ]] || die "--launcher is torchrun or deepspeed" 2
+  [[ "$launcher $kind" =~ ^(torchrun (elastic)?|deepspeed (no_ssh)?)$ ]] || die "launch by torchrun [--elastic] or deepspeed [--no_ssh]" 2
+  mode=${kind:-$launcher}
   PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH" # where there is one
   IFS=, read -ra ids <<< "${CUDA_VISIBLE_DEVICES:-}"
-  [[ -v CUDA_VISIBLE_DEVICES ]] && gpus=${#ids[@]} || gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then gpus=${#ids[@]}; else gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || :; fi
   : "${GPUS_PER_HOST:=$((gpus > 0 ? gpus : 1))}"
   for name in MASTER_PORT GPUS_PER_HOST RDZV_TIMEOUT; do need "$name" '[1-9][0-9]{0,4}' "a number"; done
   need NNODES "[1-9][0-9]{0,3}$([[ $mode != elastic ]] || echo '(:[1-9][0-9]{0,3})?')" "the number of hosts"
-  [[ "$mode" =~ ^(elastic|deepspeed)$ ]] || need NODE_RANK '0|[1-9][0-9]{0,3}' "0 on the first host, 1 on the next"
+  [[ -z "$NODE_RANK" && "$mode" =~ ^(elastic|deepspeed)$ ]] || need NODE_RANK '0|[1-9][0-9]{0,3}' "0 on the first host"
   [[ "$mode" == deepspeed || "${NODE_RANK:-0}" -lt "${NNODES#*:}" ]] || die "NODE_RANK=$NODE_RANK, NNODES=$NNODES" 2
   if [[ "$mode" == deepspeed || "$mode" == no_ssh ]]; then
     [[ -f "$hostfile" ]] || die "no hostfile $hostfile: copy configs/hostfile.example there, with your hosts in it"
@@ -80,7 +79,8 @@ main() {
     *) cmd=(deepspeed --hostfile "$hostfile" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
   cmd+=("${words[@]}" "$@")
-  printf '+'; printf ' %q' "${cmd[@]}"; echo; ! "$dry_run" || return 0
+  printf '+'; printf ' %q' "${cmd[@]}"; echo
+  if "$dry_run"; then return; fi
   command -v "${cmd[0]}" >/dev/null || die "no ${cmd[0]} here: run scripts/setup.sh first, or activate an environment"
   [[ "$mode" != deepspeed ]] || write_deepspeed_env
   echo "waiting for all hosts; scripts/tools/network_check.py says which one is missing"

@@ -3,7 +3,7 @@
 # Usage: scripts/test.sh [--fast|--all] [PYTEST_ARGS...]
 #   --fast  unit tests, no training runs     --all  everything     neither: all but the long drills
 #   Long options of pytest come after one of these or after --, as in: scripts/test.sh -- --lf
-#   Unit tests run on all cores. Training runs, which fill the cores themselves, run one after the other.
+#   Unit tests run on all cores, training runs two files at a time: -n 0 for one after the other.
 set -euo pipefail
 die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit "${2:-1}"; }
 
@@ -41,7 +41,7 @@ main() {
   part shellcheck shellcheck scripts/*.sh .ci/run || failed+=(shellcheck)
   part regions python scripts/dev/sync_regions.py || failed+=(regions)
   part "unit tests" tests "$units" --numprocesses logical --maxprocesses 8 "$@" || failed+=("unit tests")
-  [[ -z "$runs" ]] || part "training runs" tests "$runs" "$@" || failed+=("training runs")
+  [[ -z "$runs" ]] || part "training runs" tests "$runs" --numprocesses 2 --dist loadfile "$@" || failed+=("training runs")
   "$matched" || failed+=("no test matches $*")
   printf 'all parts: %d s\n' "$SECONDS"
   [[ ${#failed[@]} == 0 ]] || die "failed: ${failed[*]}"

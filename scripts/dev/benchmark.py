@@ -2,12 +2,12 @@
 
     python scripts/dev/benchmark.py                                     all contestants, two vocabularies
     python scripts/dev/benchmark.py --contestants base nanogpt --vocab 8192 --rounds 1
-    python scripts/dev/benchmark.py --startup                           time to the first step, beside imports
 
 Each round launches every contestant once, so that a slow minute of the machine hits all alike. Scripts and rivals
 (scripts/dev/rivals.py) run by their command lines, on the same random tokens, with the same share of the cores for a
 rank and the same allocator, until they have logged --steps steps. Tokens per second are the median over the rounds of
-the median over the steps, without the first three.
+the median over the steps, without the first three. "imports" is the time to the first step as a multiple of two
+imports at once of deepspeed, datasets and transformers.
 
 Exit code 0: all measured, 1: a contestant failed and its log is named, 2: wrong usage.
 """
@@ -107,7 +107,7 @@ def command(name: str, data: list[str], output: Path, args: argparse.Namespace) 
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a run and its ranks: torchrun's are in its session, but in process groups of their own."""
+    """Kill a run and its ranks: torchrun's are in sessions of their own."""
     with suppress(psutil.NoSuchProcess):
         for member in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -168,26 +168,18 @@ def medians(rounds: list[Measured]) -> Measured:
     return Measured(*(median(values) for values in zip(*rounds, strict=True)))
 
 
-def speed_table(runs: dict[str, list[Measured]], args: argparse.Namespace) -> str:
+def speed_table(runs: dict[str, list[Measured]], imports: float, args: argparse.Namespace) -> str:
+    """imports: seconds that two imports at once take."""
     found, rows = {name: medians(rounds) for name, rounds in runs.items()}, []
     for name, row in found.items():
         others = [other for other in CONTESTANTS[name].beside if other in found]
         ratios = [f"{row.tokens_per_second / found[other].tokens_per_second:.2f}x {other}" for other in others]
         rates = [round(measured.tokens_per_second) for measured in runs[name]]
         cells = [name, ranks_of(name, args), precision_of(name, args), round(row.tokens_per_second)]
-        cells += [", ".join(ratios) or "-", round(row.first_step_s, 1), round(row.peak_memory_gib, 2)]
-        rows.append([*cells, f"{min(rates)} to {max(rates)}"])
-    heads = ["contestant", "ranks", "precision", "tokens/s", "ratio", "first step s", "peak GiB", "rounds"]
+        cells += [", ".join(ratios) or "-", round(row.first_step_s, 1), f"{row.first_step_s / imports:.2f}x"]
+        rows.append([*cells, round(row.peak_memory_gib, 2), f"{min(rates)} to {max(rates)}"])
+    heads = ["contestant", "ranks", "precision", "tokens/s", "ratio", "first step s", "imports", "peak GiB", "rounds"]
     return table(heads, rows)
-
-
-def startup_table(runs: dict[str, list[Measured]], imports: list[float], args: argparse.Namespace) -> str:
-    unit = median(imports)
-    rows = [[f"two at once: {IMPORTS}", "-", round(unit, 1), 1.0]]
-    for name, rounds in runs.items():
-        first = medians(rounds).first_step_s
-        rows.append([name, str(ranks_of(name, args)), round(first, 1), round(first / unit, 2)])
-    return table(["start-up", "ranks", "seconds", "of the imports"], rows)
 
 
 def heading(args: argparse.Namespace) -> str:
@@ -208,23 +200,21 @@ def benchmark(args: argparse.Namespace, folder: Path) -> None:
         runs, imports = {name: [] for name in args.contestants}, []
         data = write_data(folder / str(vocabulary), vocabulary, 16 * args.batch_size, args.block_size)
         for number in range(args.rounds):
-            if args.startup:
-                imports.append(imports_s())
+            imports.append(imports_s())
             for name in args.contestants:
                 runs[name].append(run_once(name, data, folder / str(vocabulary), args))
                 print(f"round {number + 1}, vocabulary {vocabulary}, {name}: {runs[name][-1]}", file=sys.stderr)
-        print(f"\nvocabulary {vocabulary}")
-        print(startup_table(runs, imports, args) if args.startup else speed_table(runs, args), flush=True)
+        print(f"\nvocabulary {vocabulary}; two at once, {IMPORTS}: {median(imports):.1f} s")
+        print(speed_table(runs, median(imports), args), flush=True)
 
 
 def parse_args(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--contestants", nargs="+", choices=list(CONTESTANTS), help="all; with --startup the scripts")
-    add("--startup", action="store_true", help="measure the time to the first step, beside imports")
-    add("--vocab", type=int, nargs="+", help="sizes, each measured by itself (8192 50257; with --startup 8192)")
+    add("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), help="all if left out")
+    add("--vocab", type=int, nargs="+", default=[8192, 50257], help="sizes, each measured by itself (8192 50257)")
     add("--rounds", type=int, default=3, help="launches of each contestant (3)")
-    add("--steps", type=int, help=f"optimizer steps; the first {SKIPPED} do not count (12; with --startup 1)")
+    add("--steps", type=int, default=12, help=f"optimizer steps; the first {SKIPPED} do not count (12)")
     add("--ranks", type=int, default=2, help="of the contestants that run on several (2)")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="of all but original, which knows fp32 (bf16)")
     shape = {"n_layer": 6, "n_head": 6, "d_model": 384, "block_size": 256, "batch_size": 8}
@@ -232,10 +222,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=default, help=f"of the model and its batch, all ranks together ({default})")
     add("--dropout", type=float, default=0.1, help="as each contestant uses it (0.1)")
     args = parser.parse_args(words)
-    args.contestants = args.contestants or (["base", "zero1", "zero2", "zero3"] if args.startup else list(CONTESTANTS))
-    args.vocab = args.vocab or ([8192] if args.startup else [8192, 50257])
-    args.steps = args.steps or (1 if args.startup else 12)
-    if not args.startup and args.steps <= SKIPPED:
+    if args.steps <= SKIPPED:
         parser.error(f"--steps {args.steps}: must be more than the {SKIPPED} that do not count")
     if min(args.rounds, args.ranks, args.batch_size) < 1 or args.batch_size % args.ranks:
         parser.error(f"--batch_size {args.batch_size} is not a multiple of --ranks {args.ranks}, or one is below 1")

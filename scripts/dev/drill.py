@@ -9,10 +9,8 @@ and for ZeRO-Offload within 1e-6 (DeepSpeedCPUAdam takes its powers of beta anew
 """
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from benchmark import logged_steps
+from benchmark import end, logged_steps
 from common import ROOT, SCRIPTS, ToolError, exit_with, launch_command, launch_environment, read_metrics, table
 
 CASES = dict(zip(("Base", "ZeRO-1", "ZeRO-2", "ZeRO-3", "Offload"), SCRIPTS[:5], strict=True))
@@ -38,6 +36,17 @@ def start(name: str, output: Path, steps: int) -> subprocess.Popen:
     env = launch_environment(gpus=False)
     with output.with_suffix(".log").open("a") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+
+
+def train(name: str, output: Path, steps: int) -> None:
+    """A run to its end. Raises ToolError that names its log, if it fails."""
+    launcher = start(name, output, steps)
+    try:
+        code = launcher.wait()
+    finally:
+        end(launcher)
+    if code:
+        raise ToolError(f"{name} ended with exit code {code}: see {output}.log")
 
 
 def ranks_of(launcher: subprocess.Popen, name: str) -> list[psutil.Process]:
@@ -64,22 +73,33 @@ def wait_for(moment: str, output: Path, launcher: subprocess.Popen, dice: random
             return
 
 
-def kill_one(name: str, output: Path, steps: int, dice: random.Random) -> str:
+def kill_a_rank(name: str, launcher: subprocess.Popen, dice: random.Random) -> bool:
+    """Whether there was one to kill before the launcher ended."""
+    while launcher.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            ranks = ranks_of(launcher, name)
+            if ranks:
+                dice.choice(ranks).kill()
+                return True
+        time.sleep(0.01)  # torchrun has not started them yet
+    return False
+
+
+def run_and_kill(name: str, output: Path, steps: int, dice: random.Random) -> str:
     """Run until a rank is killed. Returns the moment, or "" where the run was over before."""
     moment = dice.choice(("starting", "training", "saving"))
     launcher = start(name, output, steps)
-    wait_for(moment, output, launcher, dice)
-    with suppress(psutil.NoSuchProcess):
-        while launcher.poll() is None and not (victims := ranks_of(launcher, name)):
-            time.sleep(0.01)  # torchrun has not started them yet
-        if launcher.poll() is None:
-            dice.choice(victims).kill()
     try:
-        launcher.wait(PATIENCE_S)
+        wait_for(moment, output, launcher, dice)
+        killed = kill_a_rank(name, launcher, dice)
+        code = launcher.wait(PATIENCE_S)
     except subprocess.TimeoutExpired as error:
-        os.killpg(launcher.pid, signal.SIGKILL)
         raise ToolError(f"{name}: the launcher did not end within {PATIENCE_S} s of a kill while {moment}") from error
-    return moment if launcher.returncode != 0 else ""
+    finally:
+        end(launcher)
+    if code and not killed:
+        raise ToolError(f"{name} ended by itself with exit code {code}: see {output}.log")
+    return moment if code else ""
 
 
 def compare(name: str, calm: Path, killed: Path) -> str:
@@ -99,28 +119,26 @@ def compare(name: str, calm: Path, killed: Path) -> str:
 
 def drill(name: str, kills: int, steps: int, folder: Path, dice: random.Random) -> list:
     calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
-    if start(name, calm, steps).wait() != 0:
-        raise ToolError(f"{name} does not train even undisturbed: see {calm}.log")
+    train(name, calm, steps)
     moments = []
     while len(moments) < kills:
-        moment = kill_one(name, killed, steps, dice)
+        moment = run_and_kill(name, killed, steps, dice)
         moments += [moment] if moment else []
         if not moment:  # it finished before the dice said so: the next kills hit a run from its beginning
             compare(name, calm, killed)
             shutil.rmtree(killed)
-    if start(name, killed, steps).wait() != 0:
-        raise ToolError(f"{name} does not go on after its kills: see {killed}.log")
+    train(name, killed, steps)
     counts = [moments.count(moment) for moment in ("starting", "training", "saving")]
     return [name, len(moments), *counts, compare(name, calm, killed)]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each script (20)")
     parser.add_argument("--scripts", nargs="+", choices=list(CASES), default=list(CASES), help="all if left out")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps of a run (25 for each kill, and 20)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of moments and ranks")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     print(f"seed {args.seed}", flush=True)
     heads = ["script", "kills", "starting", "training", "saving", "beside the undisturbed run"]
     rows, folder = [], Path(tempfile.mkdtemp(prefix="drill-"))
@@ -131,6 +149,7 @@ def main() -> None:
             print(table(heads, rows), flush=True)
     except ToolError as error:
         exit_with(error)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

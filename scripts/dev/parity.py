@@ -87,7 +87,7 @@ def main(words: list[str] | None = None) -> int:
     add("--tolerance", type=float, help="largest difference of a loss (1e-5 in fp32, 0.02 in bf16)")
     add("--seed", type=int, default=42, help="of all runs (42)")
     args = parser.parse_args(words)
-    tolerance = args.tolerance or TOLERANCE[args.precision]
+    tolerance = TOLERANCE[args.precision] if args.tolerance is None else args.tolerance
     args.folder = Path(tempfile.mkdtemp(prefix="parity-"))
     try:
         largest = compare(args)

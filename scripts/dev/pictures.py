@@ -7,13 +7,11 @@ stages    bytes of model states that a rank keeps at two ranks, as plan_memory.p
 losses    losses.json, of runs of the six scripts with --dataset DIR --tokenizer bpe:1024 --n_layer 2 --n_head 4
           --d_model 128 --block_size 64 --dropout 0 --precision fp32 --max_steps 100 --log_interval 1
           --save_interval 0 --eval_interval 0, Base with --batch_size 16, the others on two ranks with 8
-run       run.txt, what that command printed, without the lines of the launcher, DeepSpeed and PyTorch
 
-Each SVG of a chart carries its data as the description in its metadata.
+Each SVG carries its data as the description in its metadata.
 """
 
 import argparse
-import html
 import json
 import sys
 from pathlib import Path
@@ -72,23 +70,10 @@ def draw(name, chart, data, theme, folder):
         pyplot.close(figure)
 
 
-def draw_terminal(lines, theme, folder):
-    ink, paper = THEMES[theme]
-    width, height = 8.4 * max(map(len, lines)) + 32, 19 * len(lines) + 28
-    size = f'viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}"'
-    body = f'<rect width="100%" height="100%" rx="8" fill="{paper}" stroke="{ink}" stroke-opacity="0.3"/>'
-    style = f'fill="{ink}" font-family="monospace" font-size="14" xml:space="preserve"'
-    rows = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{body}<g {style}>']
-    for number, line in enumerate(lines):
-        rows.append(f'<text x="16" y="{29 + 19 * number}">{html.escape(line)}</text>')
-    (folder / f"run-{theme}.svg").write_text("\n".join([*rows, "</g></svg>"]) + "\n")
-
-
 def draw_all(folder):
     for theme in THEMES:
         draw("stages", draw_stages, stages(), theme, folder)
         draw("losses", draw_losses, read_json(FOLDER / "losses.json"), theme, folder)
-        draw_terminal((FOLDER / "run.txt").read_text().splitlines(), theme, folder)
 
 
 def main():
@@ -102,7 +87,7 @@ def main():
         (FOLDER / "losses.json").write_text(json.dumps(found) + "\n")
     draw_all(FOLDER)
     base, *others = read_json(FOLDER / "losses.json").values()
-    apart = max(abs(curve[step] - base[step]) for curve in others for step in base)
+    apart = max((abs(curve[step] - base[step]) for curve in others for step in base), default=0.0)
     print(f"drew {FOLDER}; {len(base)} steps, no loss is more than {apart:.1e} from the first run's")
 
 

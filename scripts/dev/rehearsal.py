@@ -91,8 +91,8 @@ class Rehearsal:
         site = {"NNODES": "2", "NODE_RANK": str(host.number), "MASTER_ADDR": MASTER, "RDZV_TIMEOUT": timeout}
         return host.run("bash", str(ROOT / "scripts/run_multihost.sh"), *words, SCRIPT, *self.flags, **site)
 
-    def check_network(self, host: Host) -> subprocess.Popen:
-        words = ["--timeout", "5", "--nnodes=2", f"--node_rank={host.number}", f"--master_addr={MASTER}", "--mib=4"]
+    def check_network(self, host: Host, seconds: int) -> subprocess.Popen:
+        words = ["--nnodes=2", f"--node_rank={host.number}", f"--master_addr={MASTER}", f"--timeout={seconds}"]
         return host.run("python", str(ROOT / "scripts/tools/network_check.py"), *words)
 
     def both(self, well: bool = True, **second: str) -> None:
@@ -174,9 +174,9 @@ class Rehearsal:
         """node1 is never started: the run ends, and network_check.py on node0 says who is missing."""
         self.wait([self.by_script(self.hosts[0], "5")], well=False, seconds=60)
         self.expect("1/2 clients joined")
-        self.wait([self.check_network(self.hosts[0])], well=False, seconds=60)
+        self.wait([self.check_network(self.hosts[0], 5)], well=False, seconds=60)
         self.expect(f"rank 1 did not come to {MASTER}:29500")
-        self.wait([self.check_network(host) for host in self.hosts])
+        self.wait([self.check_network(host, 60) for host in self.hosts])
         self.expect("eno1 172.25.0.200")
         self.expect("ok: 2 ranks met")
         return "the run ended; network_check.py named rank 1, and with both hosts the interface of each"
@@ -234,11 +234,11 @@ def main() -> None:
         start = time.monotonic()
         try:
             result = f"PASS {name}: {drill()}"
-        except ToolError as error:
+        except (ToolError, OSError, LookupError, psutil.Error) as error:
             for host in hosts:
                 print(f"{host.name} says:\n{host.screen()[-3000:]}")
             failed.append(name)
-            result = f"FAIL {name}: {error}"
+            result = f"FAIL {name}: {error!r}"
         print(f"{result} ({time.monotonic() - start:.0f} s)", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

@@ -30,10 +30,13 @@ def regions(path: Path) -> dict[str, re.Match]:
 
 
 def stale_copies(scripts: dict[str, Path]) -> list[tuple[str, str, str, str]]:
-    """(script, region, its text, the owner's text) for each copy that differs. Raises ValueError without an owner."""
+    """(script, region, its text, the owner's) of each copy that differs. ValueError: a region, or its owner, lacks."""
     every = {name: regions(path) for name, path in scripts.items()}
-    stale = []
+    stale, names = [], set().union(*every.values())
     for script, found in every.items():
+        own = {name for name, match in found.items() if match[2] == script}
+        if found.keys() not in (own, names):  # --write would replace what lost its first line with the region before
+            raise ValueError(f"{script} lacks regions: {sorted(names - found.keys())}")
         for name, match in found.items():
             owner = match[2]
             if name not in every.get(owner, {}) or every[owner][name][2] != owner:

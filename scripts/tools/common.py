@@ -42,11 +42,16 @@ def load_script(name: str) -> ModuleType:
     return sys.modules[module_name]
 
 
+def offload_devices(zero: dict) -> list[str]:
+    """Where a JSON's zero_optimization puts optimizer states and parameters: each "none", "cpu" or "nvme"."""
+    sections = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    return [section.get("device", "none") for section in sections]
+
+
 def right_script(zero: dict) -> str:
     """The script that a JSON's zero_optimization is for."""
-    places = [zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
     stage = zero.get("stage", 0)
-    if places != ["none", "none"]:
+    if offload_devices(zero) != ["none", "none"]:
         return SCRIPTS[4]
     return SCRIPTS[stage] if stage in (0, 1, 2, 3) else ""
 
@@ -75,7 +80,7 @@ def read_metrics(run: Path) -> dict[int, dict]:
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            steps.setdefault(fields["step"], {}).update(fields)
+            steps.setdefault(int(fields["step"]), {}).update(fields)
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines) or line.endswith("\n"):
                 raise ToolError(f"{path}, line {number} is not what a run writes: {error!r}") from error
@@ -92,6 +97,10 @@ def mfu(tokens_per_second: float, args: dict) -> float | None:
         return None
     flops_per_token = 6 * args["n_params"] + 12 * args["n_layer"] * args["block_size"] * args["d_model"]
     return tokens_per_second * flops_per_token / (peak * 1e12 * args["world_size"])
+
+
+def warn_pickle(checkpoint: Path) -> None:
+    print(f"warning: DeepSpeed unpickles {checkpoint}, which can run any code: only of your own runs", file=sys.stderr)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -3,15 +3,17 @@
     python scripts/tools/compare_runs.py runs/* --output runs/comparison
 
 A run that still trains, or was cut off, is shown as far as it went; a dash stands for what it has not recorded.
+Of several folders those without a run are passed over.
 "per word" is the perplexity of the best validation. tokens/s is the median of the run's lines without the first, which
 pays for the start, and counts all ranks together. MFU, the share of the cards' 16-bit peak, is shown for cards whose
 peak is known here, and not in fp32. peak GiB is rank 0's. To watch a run while it trains: docs/monitoring.md.
-Exit code 0: fine, 1: a folder holds no readable run, 2: wrong usage.
+Exit code 0: fine, 1: no run, or one that is not readable, 2: wrong usage.
 """
 
 import math
 import os
 import statistics
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
@@ -48,9 +50,11 @@ def read_run(folder: Path, names: list[str]) -> Run:
     Raises ToolError that names the file, if one that has to be there is missing, or one is damaged.
     """
     name, path = folder.resolve().name, folder / "summary.json"
-    summary = read_json(path) if path.exists() else {}
     name = name if names.count(name) == 1 else str(folder)
-    return Run(name, folder, read_json(folder / "args.json"), read_metrics(folder), summary)
+    metrics, summary = read_metrics(folder), read_json(path) if path.exists() else {}
+    if summary.get("steps") != max(metrics, default=0):  # of the run that was here before --overwrite
+        summary = {}
+    return Run(name, folder, read_json(folder / "args.json"), metrics, summary)
 
 
 def cell(value: float | None, form: str) -> str:
@@ -121,8 +125,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for loss.png; left out: none is drawn")
     args = parser.parse_args()
     try:
-        names = [folder.resolve().name for folder in args.runs]
-        runs = [read_run(folder, names) for folder in args.runs]
+        folders = [folder for folder in args.runs if (folder / "args.json").exists()] or args.runs
+        for folder in set(args.runs) - set(folders):
+            print(f"{folder} holds no run: passed over", file=sys.stderr)
+        names = [folder.resolve().name for folder in folders]
+        runs = [read_run(folder, names) for folder in folders]
         print(table(HEADS, [row(run) for run in runs]))
         ledger = [line for run in runs for line in ledger_rows(run)]
         if ledger:

@@ -17,18 +17,26 @@ import torch
 from common import exit_with
 from torch.utils import cpp_extension
 
+COMPILES_S = 300  # the longest that an op takes
 CURE = "It needs g++ and Python's headers; on Debian and Ubuntu: apt-get install g++ python3-dev"
 
 
 def heed_lock(lock: Path) -> None:
-    """Remove a lock that no process here has open: PyTorch waits for it, in silence and for ever."""
+    """Remove the lock of a process that was killed: PyTorch waits for it, in silence and for ever."""
     if not lock.exists():
         return
     held = set(map(os.path.realpath, filter(os.path.exists, glob.glob("/proc/*/fd/*"))))
     if str(lock.resolve()) in held:
-        return print("  waiting for another process that compiles", flush=True)
-    print(f"  removing {lock}: its process was killed", flush=True)
-    lock.unlink(missing_ok=True)
+        print("  waiting for another process that compiles", flush=True)
+        return
+    end = lock.stat().st_mtime + COMPILES_S
+    if time.time() < end:
+        print(f"  another host may hold {lock}: waiting {COMPILES_S} s at most. If none does, delete it", flush=True)
+    while lock.exists() and time.time() < end:
+        time.sleep(0.5)
+    if lock.exists():
+        print(f"  removing {lock}: its process was killed", flush=True)
+        lock.unlink(missing_ok=True)
 
 
 def compile_op(name: str) -> None:

@@ -10,8 +10,7 @@ Nothing gets its place in OUT before it was read back with from_pretrained: its 
 GPTLike to 1e-4, in fp32, and its loss over the validation split the one that the run has recorded, to 1e-4 (1e-3 for a
 run in 16 bits, 1e-2 where --dtype rounds). So a damaged model.safetensors fails, unless the run's data are gone.
 
-DeepSpeed unpickles a ZeRO checkpoint, and a pickle can run any code: export no checkpoint of a stranger. model/ is
-safetensors and cannot.
+DeepSpeed unpickles a checkpoint, and a pickle can run any code. model/ is safetensors and cannot.
 Exit code 0: exported, 1: it cannot be, nothing is written, 2: wrong usage.
 Source: https://huggingface.co/docs/transformers/model_doc/gpt2
 """
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-from common import ToolError, cpu_default, exit_with, load_script, read_json, read_metrics
+from common import ToolError, cpu_default, exit_with, load_script, offload_devices, read_json, read_metrics, warn_pickle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -80,18 +79,21 @@ def to_gpt2(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_trained(source: Path) -> Trained:
     """Of RUN, RUN/model or RUN/checkpoints/stepN. Raises ToolError that names the file that is missing or damaged."""
     source = source.resolve()
-    if source.parent.name == "checkpoints":
+    is_run = (source / "model").is_dir()
+    if source.parent.name == "checkpoints" and not is_run:
         return read_checkpoint(source)
-    source = source if source.name == "model" else source / "model"
+    if source.name != "model" or is_run:
+        source = source / "model"
     shape, path = read_json(source / "config.json"), source / "model.safetensors"
     try:
         weights = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ToolError(f"cannot read {path}: {error}") from error
-    summary_path = source.parent / "summary.json"
-    best = (read_json(summary_path) if summary_path.exists() else {}).get("best") or {}
-    args = one_rank(read_json(source.parent / "args.json"), source / "config.json", shape)
-    return Trained(source, source.parent, shape, weights, args, best.get("validation_loss"))
+    run = source.parent
+    args = one_rank(read_json(run / "args.json"), source / "config.json", shape)
+    metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else {}
+    losses = [fields["validation_loss"] for fields in metrics.values() if "validation_loss" in fields]
+    return Trained(source, run, shape, weights, args, min(losses, default=None))
 
 
 def read_checkpoint(folder: Path) -> Trained:
@@ -102,9 +104,9 @@ def read_checkpoint(folder: Path) -> Trained:
     mark = read_json(marks[0])
     args = one_rank(read_json(run / "args.json"), marks[0], mark.get("settings"))
     zero = read_json(run / "ds_config.json").get("zero_optimization", {})
-    if "nvme" in [zero.get(f"offload_{what}", {}).get("device") for what in ("optimizer", "param")]:
+    if "nvme" in offload_devices(zero):
         raise ToolError(f"the weights of {folder} lie on NVMe and not in its files: export {run}")
-    print(f"warning: DeepSpeed unpickles {folder}, which can run any code: only for runs of your own", file=sys.stderr)
+    warn_pickle(folder)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as put_together

@@ -21,7 +21,7 @@ def parse_args() -> Namespace:
     add = parser.add_argument
     add("model", metavar="EXPORTED_DIR", type=Path, help="what export_hf.py has written")
     add("--prompt", required=True, help="text to continue")
-    add("--max_new_tokens", type=int, default=60, help="length of the continuation in tokens (default: 60)")
+    add("--max_new_tokens", type=int, help="length of the continuation in tokens (60, or what the model has room for)")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     add("--top_k", type=int, default=50, help="sample among so many likeliest tokens; 0: among all (default: 50)")
     add("--seed", type=int, default=42, help="of sampling: the same seed gives the same text (default: 42)")
@@ -29,7 +29,7 @@ def parse_args() -> Namespace:
     if not args.prompt:
         parser.error("--prompt is empty: write at least a word")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < 2**31:
+        if getattr(args, name) is not None and not least <= getattr(args, name) < 2**31:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least} and below 2**31")
     return args
 
@@ -60,10 +60,10 @@ def main() -> None:
 
         given, positions = tokenizer(args.prompt, return_tensors="pt").to(model.device), model.config.n_positions
         room = max(positions - given["input_ids"].shape[1], 0)
-        if args.max_new_tokens > room:
-            left = f"of the model's {positions} positions {args.prompt!r:.40} leaves {room}"
-            raise ToolError(f"--max_new_tokens {args.max_new_tokens}: {left}")
-        how = {"max_new_tokens": args.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "do_sample": False}
+        count = args.max_new_tokens or min(60, max(1, room))
+        if count > room:
+            raise ToolError(f"--max_new_tokens {count}: of {positions} positions {args.prompt!r:.40} leaves {room}")
+        how = {"max_new_tokens": count, "pad_token_id": tokenizer.eos_token_id, "do_sample": False}
         if args.temperature > 0:
             how |= {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k}
         read = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

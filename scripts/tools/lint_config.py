@@ -1,7 +1,7 @@
 """Say before a run what is wrong with a DeepSpeed JSON, which script it is for, and which keys do nothing there.
 
     python scripts/tools/lint_config.py my_config.json --world_size 8
-    python scripts/tools/lint_config.py configs/*.json
+    python scripts/tools/lint_config.py configs/variants/*.json
 
 The scripts' own check comes first: what it refuses is FAIL. A warning is a key without effect, a bucket larger than the
 model, or an "auto" that stays. Exit code 0: nothing FAILs; 1: something does.
@@ -23,7 +23,7 @@ import hjson  # noqa: E402
 
 # Keys of zero_optimization that have an effect at these stages only, in deepspeed 0.19.
 ONLY_1_AND_2 = ("allgather_bucket_size", "allgather_partitions", "round_robin_gradients")
-ONLY_3 = ("sub_group_size", "leaf_module", "zero_hpz_partition_size", "mics_shard_size")
+ONLY_3 = ("sub_group_size", "leaf_module", "zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
 BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 0, "stage3_prefetch_bucket_size": 0}
 
 
@@ -49,6 +49,8 @@ def lint(path: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
     try:
         with ranks, contextlib.redirect_stdout(said):
             config = script.load_ds_config(args)
+            if hasattr(script, "check_offload"):
+                script.check_offload(config["zero_optimization"], path)
     except script.UserError as error:
         yield "FAIL", str(error).removeprefix(f"--ds_config {path}").lstrip(": ")
         return

@@ -52,6 +52,8 @@ def read_args() -> argparse.Namespace:
     for flag, kind in (("--nnodes", int), ("--node_rank", int), ("--master_addr", str), ("--master_port", int)):
         own.add_argument(flag, type=kind)
     args = parser.parse_args()
+    if args.timeout < 1 or args.mib < 1:
+        parser.error("--timeout and --mib run from 1")
     if "RANK" in os.environ:
         args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         args.master_addr, args.master_port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -59,8 +61,8 @@ def read_args() -> argparse.Namespace:
     if None in (args.nnodes, args.node_rank, args.master_addr):
         parser.error("start it by torchrun, or give --nnodes, --node_rank and --master_addr")
     args.rank, args.world_size, args.master_port = args.node_rank, args.nnodes, args.master_port or 29500
-    if not (0 <= args.rank < args.world_size and args.timeout > 0 and args.mib > 0 and 0 < args.master_port < 65536):
-        parser.error("--node_rank runs from 0 to below --nnodes, --timeout and --mib from 1, ports from 1 to 65535")
+    if not (0 <= args.rank < args.world_size and 0 < args.master_port < 65536):
+        parser.error("--node_rank runs from 0 to below --nnodes, ports from 1 to 65535")
     return args
 
 
@@ -115,6 +117,15 @@ def roll_call(store: dist.Store, args: argparse.Namespace) -> list[dict]:
         fail(f"rank {missing} did not come to {args.place} within {args.timeout} s; there are rank {present}")
 
 
+def show(rows: list[dict]) -> None:
+    """The table, and versions that differ."""
+    print(table(["rank", *rows[0]], [[str(rank), *row.values()] for rank, row in enumerate(rows)]), flush=True)
+    for name in VERSIONS:
+        found = {row["host"]: row[name] for row in rows}
+        if len(set(found.values())) > 1:
+            print(f"warn: {name} differs: {found}. Install the same on all hosts", flush=True)
+
+
 def time_all_reduce(mib: int) -> float:
     """Seconds of one all-reduce, the best of five."""
     tensor = torch.zeros(mib * 2**18, device="cuda" if ON_GPU else "cpu")
@@ -132,7 +143,10 @@ def main() -> None:
     args = read_args()
     args.place = f"{args.master_addr}:{args.master_port}"
     if ON_GPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            sys.exit(f"FAIL: {socket.gethostname()} has {gpus} GPUs, too few for local rank {local_rank}")
+        torch.cuda.set_device(local_rank)
     backend, seconds = "nccl" if ON_GPU else "gloo", timedelta(seconds=args.timeout)
     # Rank 0 listens, unless torchrun's agent does so already; the others come to it.
     serves = args.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -142,6 +156,10 @@ def main() -> None:
         rank = f"rank {args.rank} on {socket.gethostname()} {'cannot listen at' if serves else 'does not reach'}"
         fail(f"{rank} {args.place} within {args.timeout} s: {first_line(error)}")
     rows = roll_call(store, args)
+    if args.rank == 0:
+        show(rows)
+    if len({row["device"] == "CPU" for row in rows}) > 1:
+        fail(f"torch sees a GPU on some hosts only: {[(row['host'], row['device']) for row in rows]}")
     try:
         group_store = dist.PrefixStore("network_check/group", store)
         dist.init_process_group(backend, store=group_store, rank=args.rank, world_size=args.world_size, timeout=seconds)
@@ -150,11 +168,6 @@ def main() -> None:
         host, way = socket.gethostname(), rows[args.rank]["interface"]
         fail(f"the ranks have met, but {backend} does not connect rank {args.rank} on {host} by {way}: {error}")
     if args.rank == 0:
-        print(table(["rank", *rows[0]], [[str(rank), *row.values()] for rank, row in enumerate(rows)]))
-        for name in VERSIONS:
-            found = {row["host"]: row[name] for row in rows}
-            if len({row[name] for row in rows}) > 1:
-                print(f"warn: {name} differs: {found}. Install the same on all hosts")
         sent = 2 * (args.world_size - 1) / args.world_size * args.mib * 2**20  # by each rank of a ring
         speed = f"all-reduce of {args.mib} MiB in {best * 1000:.1f} ms, {sent / best / 1e9:.2f} GB/s by each rank"
         print(f"ok: {args.world_size} ranks met at {args.place} by {backend}; {speed}", flush=True)

@@ -3,11 +3,11 @@
     python scripts/tools/plan_memory.py --n_layer 24 --n_head 16 --d_model 1024 --block_size 1024 --ranks 4 --gpus 24
     python scripts/tools/plan_memory.py --measure DeepSpeed-GPTLike-ZeRO-2.py --ranks 2 --n_layer 2 --d_model 384
 
-Planning is arithmetic: no model is built. A row for each JSON of configs/, or of --ds_config, in GiB (2**30 bytes) of
-one rank. formula: model states by arXiv:1910.02054, section 3.1. peak: the most at once in a step on a GPU, buffers,
-activations and logits included; checkpointing: with --activation_checkpointing. host: all ranks of a host at the
-fullest moment: start (stages 0 to 2 build the model in fp32), training or saving. Left out, and covered by
---reserve_gib only: CUDA's context, NCCL's buffers, fragmentation. On GPUs it was not measured yet.
+A row for each JSON of configs/, or of --ds_config, in GiB (2**30 bytes) of one rank. formula: model states by
+arXiv:1910.02054, section 3.1. peak: the most at once in a step on a GPU, buffers, activations and logits included;
+checkpointing: with --activation_checkpointing. host: all ranks of a host at the fullest moment: start (stages 0 to 2
+build the model in fp32), training or saving. --reserve_gib alone is for CUDA's context, NCCL's buffers and
+fragmentation. On GPUs it was not measured yet.
 
 --measure trains three steps on the sample text with so many ranks, on this machine's GPUs or its CPU, and prints for
 each part of the third step the most bytes that rank 0's tensors took at once, beside the plan.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import hjson
 from common import ROOT, ToolError
 
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a weight, an activation, a gradient
@@ -64,27 +65,29 @@ class Plan(NamedTuple):
     zero: object
 
 
-def read_plan(path, config, args):
-    """Raises ToolError, naming the file, where there is nothing to plan with. config {}: GPTLike-Base.py has none."""
+def read_plan(path, args):
+    """Of a JSON as the scripts read it; path None: GPTLike-Base.py has none. Raises ToolError that names the file."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    script = common.load_script(common.SCRIPTS[1])
     try:
+        config = hjson.loads(path.read_text(), object_pairs_hook=dict) if path else {"bf16": {"enabled": True}}
+        script.replace_auto(config, script.AUTO | {"enabled": True})
         zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-        enabled = [name for name in ("bf16", "fp16") if config.get(name, {"enabled": not config}).get("enabled")]
+        enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
         optimizer = str(config.get("optimizer", {}).get("type", "AdamW"))
-        batch_size = args.batch_size or config.get("train_micro_batch_size_per_gpu", "auto")
-        accumulation = args.gradient_accumulation_steps or config.get("gradient_accumulation_steps", "auto")
-        batches = int(8 if batch_size == "auto" else batch_size), int(1 if accumulation == "auto" else accumulation)
-    except (ValueError, TypeError, AttributeError) as error:
+        batch_size = args.batch_size or int(config.get("train_micro_batch_size_per_gpu", 8))
+        accumulation = args.gradient_accumulation_steps or int(config.get("gradient_accumulation_steps", 1))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ToolError(f"{path}: {error}") from error
     if optimizer.lower() not in ("adam", "adamw"):
         raise ToolError(f"{path}: optimizer.type is {optimizer}, and only Adam and AdamW are planned for")
     places = [str((part and part.device) or "none") for part in (zero.offload_optimizer, zero.offload_param)]
     if zero.stage < 3 and (places[0] == "nvme" or places[1] != "none"):
         raise ToolError(f"{path}: parameters, and anything to NVMe, are offloaded at stage 3 only")
-    name = f"ZeRO-{int(zero.stage)}, {Path(path).name}" if config else "no ZeRO (DDP)"
+    name = f"ZeRO-{int(zero.stage)}, {path.name}" if path else "no ZeRO (DDP)"
     width = WIDTH[args.precision or (enabled or ["fp32"])[0]]
-    return Plan(name, int(zero.stage), *places, *batches, width, args.dropout, zero)
+    return Plan(name, int(zero.stage), *places, batch_size, accumulation, width, args.dropout, zero)
 
 
 def gib(size):
@@ -196,8 +199,7 @@ def verdict(peak, checkpointing, host, gpu, args):
 
 def show_plan(args):
     model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, -(-args.vocab_size // 64) * 64)
-    plans, rows = [] if args.ds_config else [read_plan(None, {}, args)], []
-    plans += [read_plan(path, common.read_json(path), args) for path in args.ds_config or CONFIGS]
+    rows, plans = [], [read_plan(path, args) for path in args.ds_config or [None, *CONFIGS]]
     for plan in plans:
         states = sum(formula(model.parameters, args.ranks, plan.stage, plan.width).values())
         peaks = [max(moments(model, plan, args.ranks, checkpointing).values()) for checkpointing in (False, True)]
@@ -206,9 +208,8 @@ def show_plan(args):
         sizes = *peaks, max(start, offloaded(model, plan, args.ranks) * args.ranks_per_host + saving)
         verdicts = [verdict(*sizes, gpu, args) for gpu in args.gpus]
         rows.append([plan.name, gib(states), *map(gib, sizes), *verdicts])
-    heads = "stage", "formula", "peak", "checkpointing", "host"
-    print(f"{model.parameters:,} parameters, {args.ranks} ranks; {model}\n")
-    print(common.table([*heads, *(f"{gpu:g} GiB" for gpu in args.gpus)], rows))
+    heads = ["stage", "formula", "peak", "checkpointing", "host", *(f"{gpu:g} GiB" for gpu in args.gpus)]
+    print(f"{model.parameters:,} parameters, {args.ranks} ranks; {model}\n{common.table(heads, rows)}")
     if args.link_gb_s:
         print(f"\nA step of {args.ranks} ranks, each sending at {args.link_gb_s:g} GB/s:\n")
         rows = []
@@ -223,23 +224,23 @@ def show_measured(args):
     from torch import cuda
 
     names = "n_layer n_head d_model block_size dropout batch_size gradient_accumulation_steps precision".split()
-    flags = {name: getattr(args, name) for name in names} | {"ds_config": args.ds_config and args.ds_config[0]}
+    flags = {name: getattr(args, name) for name in names}
+    flags |= {"ds_config": args.ds_config and args.ds_config[0].resolve()}
     flags |= {"dataset": "sample", "max_steps": 3, "eval_interval": 0}
     with tempfile.TemporaryDirectory() as folder:
         run, result = Path(folder, "run"), Path(folder, "peaks.json")
         words = common.launch_command("scripts/tools/memory_peaks.py", args.ranks)
         words += [str(result), str(ROOT / args.measure), f"--output_dir={run}"]
         words += [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        env = common.launch_environment(cuda.is_available())
-        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        env = common.launch_environment(gpus=cuda.is_available())
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode or not result.exists():
             raise ToolError(f"{args.measure} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
         peaks, ledger = common.read_json(result), common.read_json(run / "summary.json")["ledger"]
         vocab_size = common.read_json(run / "model" / "config.json")["vocab_size"]
-        path = run / "ds_config.json"  # GPTLike-Base.py has none
-        config = common.read_json(path) if path.exists() else {}
+        path = run / "ds_config.json"
+        plan = read_plan(path if path.exists() else None, args)
     model = Model(args.n_layer, args.n_head, args.d_model, args.block_size, vocab_size)
-    plan = read_plan(args.measure, config, args)
     device = "GPU" if cuda.is_available() else "CPU"
     moved = offloaded(model, plan, args.ranks) if device == "CPU" else 0  # there all memory is the host's
     print(f"{args.measure}: {model.parameters:,} parameters, {args.ranks} ranks, on {device}\n")
@@ -274,6 +275,8 @@ def parse_args():
     for name, value in [*vars(args).items(), ("gpus", min(args.gpus))]:
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in ("dropout", "reserve_gib")):
             parser.error(f"--{name} {value} must be above 0")
+    if args.measure and len(args.ds_config or []) > 1:
+        parser.error("--measure takes one --ds_config")
     args.ranks_per_host = min(args.ranks_per_host, args.ranks)
     if args.d_model % args.n_head:
         parser.error(f"--d_model {args.d_model} is not a multiple of --n_head {args.n_head}")
@@ -284,7 +287,10 @@ def main():
     args = parse_args()
     common.cpu_default()
     try:
-        show_measured(args) if args.measure else show_plan(args)
+        if args.measure:
+            show_measured(args)
+        else:
+            show_plan(args)
     except ToolError as error:
         common.exit_with(error)
 

@@ -12,8 +12,6 @@ DeepSpeed's ds_to_universal makes a file of each parameter's weight, momentum an
 new run has ranks put them into engines of the new shape, and save. What was saved is converted once more, and has to be
 equal bit for bit before the folder gets its name. (DeepSpeed's own load_universal does not change the stage.) Memory:
 16 bytes a parameter for all ranks, at stages 1 and 2 a whole model more for each. Disk: four times the checkpoint.
-
-Reshape no checkpoint of a stranger: DeepSpeed unpickles it, and a pickle can run any code.
 Exit code 0: reshaped, 1: it cannot be, nothing is written, 2: wrong usage.
 """
 
@@ -29,8 +27,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
-from common import ROOT, ToolError, exit_with, launch_command, launch_environment, load_script, read_json, right_script
+from common import ROOT, ToolError, exit_with, load_script, read_json
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")  # a parameter's files in a universal checkpoint
 SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")  # that each kind of Adam has in its groups
@@ -67,14 +66,13 @@ def find_checkpoint(run, step):
 def new_config(run, settings, stage):
     """DeepSpeed's JSON for the new run, but for the batch. Raises ToolError for what no CPU engine can hold."""
     config = read_json(run / "ds_config.json")
-    zero, old = config.get("zero_optimization", {}), settings["zero_stage"]
-    if "nvme" in [(zero.get(f"offload_{what}") or {}).get("device") for what in ("optimizer", "param")]:
+    if "nvme" in common.offload_devices(config["zero_optimization"]):
         raise ToolError(f"{run} keeps its states on NVMe, where DeepSpeed's ds_to_universal does not find them")
     if settings["precision"] == "fp16":
         raise ToolError(f"{run} is in fp16, which does not run on a CPU, where checkpoints are reshaped")
     for key in ("train_batch_size", "checkpoint"):  # the latter: split disks. Both follow from the new run
         config.pop(key, None)
-    if stage != old:
+    if stage != settings["zero_stage"]:
         config["zero_optimization"] = read_json(ROOT / "configs" / f"zero{stage}.json")["zero_optimization"]
     return config
 
@@ -89,7 +87,7 @@ def universal(checkpoint, target):
 
 def run_or_raise(words, what, **env):
     """Run a process with all GPUs hidden, and end it when this one ends. Raises ToolError with its last words."""
-    env = launch_environment(False, **env)
+    env = common.launch_environment(False, **env)
     with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             output, _ = process.communicate()
@@ -116,7 +114,7 @@ def common_state(checkpoint):
     return {"step": int(adam["state"][0]["step"]), "groups": groups, "scheduler": model["lr_scheduler"]} | counters
 
 
-def fill(engine, states, common):
+def fill(engine, states, shared):
     """Put the states into the engine of a new rank. All ranks call this together."""
     from deepspeed import utils, zero
 
@@ -140,15 +138,18 @@ def fill(engine, states, common):
                 piece = value[rank * size : (rank + 1) * size]
                 value = torch.nn.functional.pad(piece, (0, size - len(piece)))
                 set_weight, set_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-            set_weight(parameter, value) if state == "fp32" else set_state(parameter, value, state)
-    for group, saved in zip(engine.basic_optimizer.param_groups, common["groups"], strict=True):
+            if state == "fp32":
+                set_weight(parameter, value)
+            else:
+                set_state(parameter, value, state)
+    for group, saved in zip(engine.basic_optimizer.param_groups, shared["groups"], strict=True):
         group.update(saved)
     for state in engine.basic_optimizer.state.values():
         is_tensor = torch.is_tensor(state["step"])
-        state["step"] = torch.full_like(state["step"], common["step"]) if is_tensor else common["step"]
-    engine.lr_scheduler.load_state_dict(common["scheduler"])
+        state["step"] = torch.full_like(state["step"], shared["step"]) if is_tensor else shared["step"]
+    engine.lr_scheduler.load_state_dict(shared["scheduler"])
     for name in COUNTERS:
-        setattr(engine, name, common[name])
+        setattr(engine, name, shared[name])
 
 
 def work(folder):
@@ -194,19 +195,19 @@ def make_plan(options, target):
     now = {"zero_stage": stage, "world_size": ranks, "batch_size": micro, "gradient_accumulation_steps": accumulation}
     paths = {"output_dir": str(target), "ds_config": str(target / "ds_config.json")}
     return {
-        "script": right_script(config["zero_optimization"]),
+        "script": common.right_script(config["zero_optimization"]),
         "args": old | args | now | paths | {"overwrite": False, "resume": "auto"},
         "config": config,
-        "mark": mark | {"settings": old | now, "ledger": {}},  # of other ranks
+        "mark": mark | {"settings": old | now, "ledger": {}, "best": None},  # the next validation makes model/
         "checkpoint": str(checkpoint.resolve()),
     }
 
 
-def continue_command(plan, script):
+def continue_command(plan):
     """The training command for the new run; flags whose default holds are left out."""
     args = plan["args"]
     words = ["torchrun", "--nproc_per_node", str(args["world_size"]), os.path.relpath(ROOT / plan["script"])]
-    for name, default in vars(script.parse_args([])).items():
+    for name, default in vars(load_script(plan["script"]).parse_args([])).items():
         if name not in NOT_FLAGS and args[name] != default:
             words += [f"--{name}"] if args[name] is True else [f"--{name}", str(args[name])]
     return words
@@ -222,23 +223,23 @@ def reshape(options, target, script):
         script.write_json(folder / "config.json", plan["config"])
         here = {"ds_config": str(folder / "config.json"), "compile": False, "device": "cpu"}
         script.write_json(folder / "plan.json", plan | {"args": args | here})
+        common.warn_pickle(checkpoint)
         print(f"{checkpoint}: to {args['world_size']} ranks at stage {args['zero_stage']} ...", file=sys.stderr)
         states = universal(checkpoint, folder / "states")
-        words = launch_command("scripts/tools/reshape_checkpoint.py", args["world_size"])
+        words = common.launch_command("scripts/tools/reshape_checkpoint.py", args["world_size"])
         run_or_raise(words, "the launch of the new ranks", **{PLAN: str(folder)})
         new = folder / "run" / "checkpoints" / checkpoint.name
         if common_state(checkpoint) != common_state(new):
             raise ToolError(f"{common_state(new)} is saved instead of {common_state(checkpoint)}")
         count = compare(states, universal(new, folder / "again"))
-        lines = (options.run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= plan["mark"]["step"]]
-        (folder / "run" / "metrics.jsonl").write_text("".join(kept))
+        kept = [row for step, row in common.read_metrics(options.run).items() if step <= plan["mark"]["step"]]
+        (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         script.write_json(folder / "run" / "args.json", args)
         (folder / "run").rename(target)
     if plan["mark"]["step"] >= args["max_steps"]:
         print(f"{options.run} has done all of its {args['max_steps']} steps: give a larger --max_steps")
     print(f"{target}: {count} tensors, weights and Adam's states, are equal bit for bit. Continue with")
-    print(f"    {shlex.join(continue_command(plan, script))}")
+    print(f"    {shlex.join(continue_command(plan))}")
 
 
 def main():

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import lint_config
 import pytest
 import torch
 from conftest import BASE, OFFLOAD, PATIENT, ROOT, ZERO2, ZERO3, load_script, losses, run_script, script_args
@@ -164,7 +165,12 @@ def test_what_a_variant_needs_a_gpu_for(name):
 
     file, words = GPU_ONLY[name]
     assert words in (Path(deepspeed.__file__).parent / file).read_text()
-    json.loads((VARIANTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("path", [*VARIANTS.glob("*.json"), *VARIANTS.with_name("monitoring").glob("*.json")], ids=str)
+def test_the_scripts_own_check_takes_every_json(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lint_config.py", str(path), "--world_size", "2"])
+    assert lint_config.main() == 0, capsys.readouterr().out
 
 
 def test_every_variant_is_tried():

@@ -1,7 +1,5 @@
 """The default data and tokenizer come from the Hub, served here on loopback; without it one message helps."""
 
-import time
-
 import pytest
 from conftest import BASE, command, losses, run
 from hub_server import HANG, HubServer, wikitext_repo
@@ -40,7 +38,6 @@ def test_default_data_from_the_hub_and_then_from_its_cache(tmp_path):
         assert result.returncode == 0, result.stderr
         assert hub.asked("train-00000-of-00001.parquet")
     assert len(losses(tmp_path / "run")) == 2 and "wikitext2: tokens train " in result.stdout
-    # Each row, with the " \n" that the Hub's blank rows lack, is in the stream, byte for byte.
     again = run([*words, "--overwrite"], **variables)  # the server is gone, the cache is there
     assert again.returncode == 0, again.stderr
     tokens = [line for line in result.stdout.splitlines() if line.startswith("wikitext2: tokens")]
@@ -50,12 +47,10 @@ def test_default_data_from_the_hub_and_then_from_its_cache(tmp_path):
 @pytest.mark.parametrize("failure", [HANG, pytest.param(500, marks=pytest.mark.drill)])
 def test_out_of_reach(failure, tmp_path):
     with HubServer(fail={".": failure}) as hub:
-        began = time.monotonic()
         words = command(BASE, *FLAGS.split(), "--output_dir", tmp_path / "run")
         result = run(words, **hub.env(tmp_path / "hf", HF_HUB_OFFLINE="0"))
-        seconds = time.monotonic() - began
     assert result.returncode == 1 and "the Hugging Face Hub does not answer (" in result.stdout
     for way_out in ("HF_ENDPOINT=", "HF_HUB_OFFLINE=1", "--dataset DIR", "--dataset sample"):
         assert way_out in result.stderr
     assert "Traceback" not in result.stderr
-    assert seconds < 30  # 15 on a machine that does nothing else
+    assert len(hub.requests) == 1  # no retries, which would take minutes

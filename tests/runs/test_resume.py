@@ -1,6 +1,7 @@
 """Killed or stopped and started again, a run ends as if nothing had been; what cannot go on is refused."""
 
 import contextlib
+import math
 import os
 import re
 import resource
@@ -11,7 +12,21 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BASE, OFFLOAD, TINY, ZERO1, ZERO2, ZERO3, command, environment, losses, run_script, train, weights
+from conftest import (
+    BASE,
+    OFFLOAD,
+    TINY,
+    ZERO1,
+    ZERO2,
+    ZERO3,
+    command,
+    environment,
+    losses,
+    read_json,
+    run_script,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 drill = pytest.mark.drill
@@ -115,7 +130,6 @@ SPOILT = [  # what is done to a run of steps 45 and 60, flags, exit code, what i
     ("", "--n_layer 1", 1, "n_layer 2, now 1"),
     ("", "--tokenizer bpe:400", 1, "data [0-9a-f]{64}, now "),
     ("", "--resume never", 1, "holds a run: add --overwrite"),
-    ("", "--overwrite --max_steps 2", 0, "finished: see"),
     ("", "--max_steps 62", 0, "resumed from step 60"),
 ]
 
@@ -138,6 +152,13 @@ def test_what_is_found_is_used_or_refused(damage, flags, code, message, finished
 
 
 @drill
+def test_overwrite_begins_afresh(tmp_path):
+    for number in (3, 2):
+        train(BASE, tmp_path / "run", "--overwrite", "--max_steps", number)
+        assert list(losses(tmp_path / "run")) == [*range(1, number + 1)]
+
+
+@drill
 def test_another_number_of_ranks_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     result = run_script(ZERO2, *TINY, *FLAGS, "--output_dir", tmp_path / "run")
@@ -154,8 +175,10 @@ def test_two_runs_into_one_folder(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    """A limit on the size of files stands in: the checkpoint cannot be written, one message says so."""
-    line = command(ZERO2, *TINY, "--max_steps", "4", "--output_dir", tmp_path / "run", launcher="python")
+    """A limit on the size of files stands in: one message says so, and the checkpoint before it serves."""
+    words = ["--save_interval", "4", "--eval_interval", "0", "--output_dir", tmp_path / "run"]
+    assert run_script(ZERO2, *TINY, *words, "--max_steps", "2").returncode == 0
+    line = command(ZERO2, *TINY, *words, "--max_steps", "6", launcher="python")
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -163,14 +186,20 @@ def test_full_disk(tmp_path):
 
     result = subprocess.run(line, env=environment(), capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert result.returncode == 1, result.stderr
-    assert "error: " in result.stderr and "Traceback" not in result.stderr
-    assert "File too large" in result.stderr or "cannot save" in result.stderr
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert f"error: cannot save {checkpoints}/step4: " in result.stderr and "Traceback" not in result.stderr
+    assert "The checkpoints before it are as they were" in result.stderr
+    again = run_script(ZERO2, *TINY, *words, "--max_steps", "6")
+    assert again.returncode == 0 and "resumed from step 2" in again.stdout, again.stderr
 
 
 def test_nan_stops_before_anything_is_saved(tmp_path):
     words = ["--lr", "900", "--warmup_steps", "0", "--max_steps", "40", "--save_interval", "1", "--weight_decay", "900"]
     result = run_script(ZERO2, *TINY, *words, "--output_dir", tmp_path / "run")
     assert result.returncode == 1 and "take a lower --lr" in result.stderr and "Traceback" not in result.stderr
+    finite = losses(tmp_path / "run")
+    saved = [read_json(mark)["step"] for mark in (tmp_path / "run").glob("checkpoints/step*/rank0.json")]
+    assert 0 < max(saved) == max(finite) < 40 and all(map(math.isfinite, finite.values()))
 
 
 @drill

@@ -62,6 +62,14 @@ def test_alone_in_an_empty_folder(script, tmp_path):
         assert abs(row["held"] / row["formula"] - 1) < 0.02
 
 
+def test_base_keeps_fp32_beside_bf16(tmp_path):
+    train(BASE, tmp_path / "run", "--precision", "bf16", *STEPS)
+    ledger, n_params = [read_json(tmp_path / "run" / name) for name in ("summary.json", "args.json")]
+    for kind, unit in (("parameters", 2), ("optimizer_states", 12)):
+        row = ledger["ledger"][f"{kind} on cpu"]
+        assert row["formula"] == unit * n_params["n_params"] and abs(row["held"] / row["formula"] - 1) < 0.02
+
+
 def test_two_ranks_under_the_deepspeed_launcher(tmp_path):
     line = command(ZERO2, *TINY, *STEPS, "--output_dir", tmp_path / "run", ranks=2, launcher="deepspeed")
     result = run(line)

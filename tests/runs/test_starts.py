@@ -8,7 +8,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import BASE, ROOT, TINY, ZERO1, ZERO3, command, environment, free_port, losses, run_script, train
+from conftest import (
+    BASE,
+    MULTIHOSTS,
+    OFFLOAD,
+    ROOT,
+    TINY,
+    ZERO1,
+    ZERO3,
+    command,
+    environment,
+    free_port,
+    losses,
+    run_script,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 STEPS = ["--max_steps", "2"]
@@ -51,13 +65,41 @@ def test_a_missing_host_is_waited_for_and_the_causes_are_named(tmp_path):
 
 
 @pytest.mark.drill
-def test_what_deepspeed_cannot_run_here(tmp_path):
+def test_hosts_that_read_other_data(tmp_path):
+    """Two ranks, as of two hosts: the paths are not the same, which is legal, but neither are the texts."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        for split in ("train", "valid"):
+            (tmp_path / rank / f"{split}.txt").write_text(f"The text of host {rank} .\n" * 200)
+        flags = [*TINY, *STEPS, "--tokenizer", "bpe:270", "--dataset", tmp_path / rank]
+        line = command(MULTIHOSTS, *flags, "--output_dir", tmp_path / rank / "run", launcher="python")
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(line, env=environment(RANK=rank, **place), stdout=pipe, stderr=pipe, text=True))
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == 1 and re.search("error: data is [0-9a-f]{64} on host ", said), said
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("script", "changes", "message"),
+    [
+        (ZERO1, {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}, "here, with its optimizer {'type': 'Lamb'"),
+        (
+            OFFLOAD,
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "stage 2 offloads the optimizer to the CPU, all else needs stage 3",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_run_here(script, changes, message, tmp_path):
     config = json.loads((ROOT / "configs" / "zero1.json").read_text())
-    config["optimizer"] = {"type": "Lamb", "params": {"lr": 1e-3}}
-    (tmp_path / "ds.json").write_text(json.dumps(config))
+    (tmp_path / "ds.json").write_text(json.dumps(config | changes))
     flags = [*TINY, *STEPS, "--ds_config", tmp_path / "ds.json", "--output_dir", tmp_path / "run"]
-    result = run_script(ZERO1, *flags)
-    assert result.returncode == 1 and "ds.json here, with its optimizer {'type': 'Lamb'" in result.stderr
+    result = run_script(script, *flags)
+    assert result.returncode == 1 and f"ds.json{':' if script == OFFLOAD else ''} {message}" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -104,21 +104,6 @@ def test_missing_json():
         script.load_ds_config(args)
 
 
-@pytest.mark.parametrize(
-    ("zero", "message"),
-    [
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, "all else needs stage 3"),
-        ({"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "all else needs stage 3"),
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}, "nvme_path /nowhere is no folder"),
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path None is no folder"),
-    ],
-)
-def test_offload(zero, message):
-    script = load_script(OFFLOAD)
-    with pytest.raises(script.UserError, match=message):
-        script.check_offload(zero, "ds.json")
-
-
 DATA = [
     ({}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
     ({"train.csv": "x"}, "", "no folder with files of one kind: ...*folder   --dataset DIR"),
@@ -140,7 +125,7 @@ DATA = [
 
 
 @pytest.mark.parametrize(("files", "flags", "message"), DATA)
-def test_data(files, flags, message, tmp_path, monkeypatch):
+def test_data(files, flags, message, tmp_path):
     script = load_script(BASE)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -1,5 +1,7 @@
 """scripts/dev/benchmark.py without a launch: its arithmetic, its data and what it refuses."""
 
+import os
+
 import pytest
 from conftest import load_script, script_args
 
@@ -17,10 +19,21 @@ def test_the_table_divides_medians():
         "base": [benchmark.Measured(5.0, rate, 1.0) for rate in (100.0, 300.0, 200.0)],
         "nanogpt": [benchmark.Measured(6.0, rate, 2.0) for rate in (50.0, 100.0, 900.0)],
     }
-    lines = benchmark.speed_table(runs, args).splitlines()
-    assert lines[1].split() == ["base", "1", "fp32", "200", "2.00x", "nanogpt", "5.0", "1.0", "100", "to", "300"]
-    startup = benchmark.startup_table(runs, [4.0], args).splitlines()
-    assert startup[2].split() == ["base", "1", "5.0", "1.25"]
+    lines = benchmark.speed_table(runs, 4.0, args).splitlines()
+    assert lines[1].split() == [
+        "base",
+        "1",
+        "fp32",
+        "200",
+        "2.00x",
+        "nanogpt",
+        "5.0",
+        "1.25x",
+        "1.0",
+        "100",
+        "to",
+        "300",
+    ]
 
 
 @pytest.mark.parametrize("vocabulary", [300, 8192])
@@ -37,6 +50,7 @@ def test_all_share_cores_and_allocator(tmp_path):
     for name in benchmark.CONTESTANTS:
         ranks = benchmark.ranks_of(name, args)
         env, words = benchmark.environment(ranks), benchmark.command(name, ["--dataset", "d"], tmp_path, args)
+        assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // ranks))
         assert env["MALLOC_MMAP_MAX_"] == "0" and int(env["MALLOC_TRIM_THRESHOLD_"]) > 2**33
         assert words[words.index("--batch_size") + 1] == str(8 // ranks)
         assert words[words.index("--precision") + 1] == ("fp32" if name == "original" else "bf16")
@@ -46,6 +60,7 @@ def test_all_share_cores_and_allocator(tmp_path):
     ("words", "message"),
     [
         (["--steps", "3"], "--steps 3: must be more than the 3 that do not count"),
+        (["--steps", "0"], "--steps 0: must be more than the 3 that do not count"),
         (["--ranks", "3"], "--batch_size 8 is not a multiple of --ranks 3"),
         (["--contestants", "llama"], "invalid choice: 'llama'"),
     ],

@@ -88,6 +88,19 @@ def test_a_run_that_was_cut_off_is_shown_as_far_as_it_went(run):
     assert [cells(line) for line in lines[1:]] == [unfinished]
 
 
+def test_what_the_run_before_has_left_does_not_count(run):
+    """After --overwrite, the old summary.json still lies there."""
+    (run / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n")
+    lines = compare(run).stdout.splitlines()
+    assert cells(lines[1])[4] == "10 of 30, unfinished" and len(lines) == 2
+
+
+def test_of_several_folders_those_without_a_run_are_passed_over(run, tmp_path):
+    (tmp_path / "comparison").mkdir()
+    done = compare(run, tmp_path / "comparison")
+    assert done.returncode == 0 and done.stderr == f"{tmp_path}/comparison holds no run: passed over\n"
+
+
 def test_two_runs_of_one_name_are_told_apart_and_drawn(run, tmp_path):
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 40, "loss": NaN}\n')
     named = shutil.copytree(run, tmp_path / "copy" / "finished")
@@ -111,7 +124,7 @@ DAMAGE = {  # file, its content or None for missing, a part of the message
     "a summary that is a list": ("summary.json", "[]", "FOLDER/summary.json is no JSON object"),
     "a ledger without bytes": (
         "summary.json",
-        '{"ledger": {"parameters on cpu": {"held": 4}}}',
+        '{"steps": 30, "ledger": {"parameters on cpu": {"held": 4}}}',
         "FOLDER/summary.json: the ledger is not what a run writes: KeyError('formula')",
     ),
 }

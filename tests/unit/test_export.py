@@ -42,21 +42,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms, too: a swap of two must show
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    (folder / "text").mkdir()
     for split in ("train", "valid"):
-        (folder / f"{split}.txt").write_text("the value of a function\n" * 20)
+        (folder / "text" / f"{split}.txt").write_text("the value of a function\n" * 20)
     (folder / "model").mkdir()
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     safetensors.torch.save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps(SHAPE | {"vocab_size": 261}))
-    args = ARGS | SHAPE | {"dataset": str(folder)}
+    args = ARGS | SHAPE | {"dataset": str(folder / "text")}
     (folder / "args.json").write_text(json.dumps(args))
 
     place = {"tokenizer": str(folder / "model"), "rank": 0, "world_size": 1, "device": "cpu"}
     args = argparse.Namespace(**args | place)
     loss = base.evaluate(model, base.load_corpus(args), args)["validation_loss"]
-    summary = {"steps": 9, "best": {"step": 9, "validation_loss": loss}}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [{"step": 5, "validation_loss": loss + 1}, {"step": 9, "validation_loss": loss}]  # model/ is the best's
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -106,7 +107,7 @@ def test_an_export_is_the_same_model_for_transformers(run, exported):
 @pytest.mark.parametrize(("flags", "dtype"), [([], torch.float32), (["--dtype", "bf16"], torch.bfloat16)])
 def test_it_prints_both_losses(run, tmp_path, capsys, flags, dtype):
     assert call(export_hf, run / "model", tmp_path, *flags) == 0
-    wanted = json.loads((run / "summary.json").read_text())["best"]["validation_loss"]
+    wanted = common.read_metrics(run)[9]["validation_loss"]
     printed = capsys.readouterr().out
     assert printed.startswith(f"exported {run}/model to {tmp_path}; reloaded, its logits differ by ")
     assert printed.endswith(f", the run's {wanted:.6f}\n")
@@ -153,7 +154,7 @@ DAMAGE = {  # what is done to the run, and the message
     "half of the config": (lambda run: (run / "model/config.json").write_text('{"n'), "cannot read RUN/model/config"),
     "half a tokenizer": (lambda run: cut(run / "model/tokenizer.json"), "cannot read RUN/model/tokenizer.json: "),
     "args of another": (lambda run: edit(run / "args.json", precision=3), "args.json of the run is not what a"),
-    "half a summary": (lambda run: (run / "summary.json").write_text('{"steps": 1'), "cannot read RUN/summary.json"),
+    "half of the metrics": (lambda run: (run / "metrics.jsonl").write_text("{\n"), "RUN/metrics.jsonl, line 1 is not"),
 }
 
 
@@ -190,7 +191,7 @@ def test_the_same_seed_gives_the_same_text_and_never_padding(exported, capsys):
     ("words", "said"),
     [
         (["RUN", "--prompt", "of"], "RUN is no exported model: run scripts/tools/export_hf.py RUN RUN first"),
-        (["OUT", "--prompt", "of", "--max_new_tokens", "31"], "of the model's 32 positions 'of' leaves 30"),
+        (["OUT", "--prompt", "of", "--max_new_tokens", "31"], "of 32 positions 'of' leaves 30"),
         (["OUT"], 2),
         (["OUT", "--prompt", ""], 2),
         (["OUT", "--prompt", "of", "--temperature", "-1"], 2),

@@ -1,6 +1,6 @@
 """The linter refuses what the scripts refuse, and warns of what does nothing."""
 
-import json
+import re
 
 import lint_config
 import pytest
@@ -14,6 +14,10 @@ def verdicts(text, tmp_path, monkeypatch, capsys, *words):
     monkeypatch.setattr("sys.argv", ["lint_config.py", str(path), *words])
     code = lint_config.main()
     return code, capsys.readouterr().out
+
+
+def offload(stage, **sections):
+    return config(zero_optimization={"stage": stage, **sections})
 
 
 ZERO = {"stage": 1, "stage3_prefetch_bucket_size": 5, "reduce_bucket_size": 500_000_000}
@@ -45,11 +49,17 @@ ZERO = {"stage": 1, "stage3_prefetch_bucket_size": 5, "reduce_bucket_size": 500_
         (config(train_batch_size=32), ("--world_size", "4"), 0, "8 x 1 x 4 ranks = 32 sequences"),
         (config(train_batch_size=8), ("--world_size", "4"), 1, "FAIL .*train_batch_size is not equal"),
         ("{", (), 1, "FAIL .*is not what this run can take"),
+        (offload(2, offload_param={"device": "cpu"}), (), 1, "FAIL .*all else needs stage 3"),
+        (offload(2, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}), (), 1, "FAIL .*all else needs stage 3"),
+        (offload(3, offload_param={"device": "nvme", "nvme_path": "/no"}), (), 1, "FAIL .*nvme_path /no is no folder"),
+        (offload(3, offload_optimizer={"device": "nvme"}), (), 1, "FAIL .*nvme_path None is no folder"),
+        (offload(2, offload_optimizer=None), (), 0, "for DeepSpeed-GPTLike-ZeRO-2.py, stage 2"),
+        (offload(2, offload_optimizer={"device": "cpu"}, offload_param=None), (), 0, "ZeRO-Offload.py, stage 2"),
+        (offload(2, zero_quantized_weights=True), (), 0, "warn .*zero_quantized_weights does nothing at stage 2"),
+        (offload(3, offload_optimizer={"device": "cpu"}), (), 0, "for DeepSpeed-GPTLike-ZeRO-Offload.py, stage 3"),
     ],
 )
 def test_rows(text, words, code, message, tmp_path, monkeypatch, capsys):
-    import re
-
     found, out = verdicts(text, tmp_path, monkeypatch, capsys, *words)
     assert found == code and re.search(message, out)
 
@@ -59,4 +69,3 @@ def test_our_own_are_clean(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lint_config.py", *paths])
     assert lint_config.main() == 0
     assert "warn" not in capsys.readouterr().out
-    assert json.loads((ROOT / "configs" / "zero1.json").read_text())["zero_optimization"]["stage"] == 1

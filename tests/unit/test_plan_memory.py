@@ -66,7 +66,7 @@ def test_model_states_are_those_of_the_paper(parameters):
 )
 def test_peaks_are_what_the_model_allocates(shape, precision, checkpointing, monkeypatch, tmp_path):
     args = parse(monkeypatch, "--precision", precision, "--batch_size", 8, "--dropout", 0)
-    model, plan = plan_memory.Model(*shape), plan_memory.read_plan(None, {}, args)
+    model, plan = plan_memory.Model(*shape), plan_memory.read_plan(None, args)
     made = SimpleNamespace(seed=0, **model._asdict(), dropout=0.0, activation_checkpointing=checkpointing)
     real = load_script(BASE).GPTLike(made, model.vocab_size).to(DTYPES[precision])
     tokens, peaks = torch.zeros((8, model.block_size), dtype=torch.long), memory_peaks.Peaks(tmp_path / "peaks.json")
@@ -90,11 +90,8 @@ def test_peaks_are_what_the_model_allocates(shape, precision, checkpointing, mon
 )
 def test_what_is_sent(name, accumulation, paper, really, monkeypatch):
     args = parse(monkeypatch, "--gradient_accumulation_steps", accumulation)
-    path = ROOT / "configs" / f"{name}.json"
-    model, plan = (
-        plan_memory.Model(6, 12, 768, 256, 50304),
-        plan_memory.read_plan(path, plan_memory.common.read_json(path), args),
-    )
+    model = plan_memory.Model(6, 12, 768, 256, 50304)
+    plan = plan_memory.read_plan(ROOT / "configs" / f"{name}.json", args)
     weights = 2 * model.parameters * 63 / 64
     assert plan_memory.sent(model, plan, 64) == (paper * weights, really * weights)
     assert plan_memory.sent(model, plan, 1) == (0, 0)
@@ -111,6 +108,13 @@ def test_the_smallest_gpu_and_the_host_decide(monkeypatch, capsys):
     rows = show(monkeypatch, capsys, *shape, "--gpus", 24, "--host_gib", 90)
     assert rows["ZeRO-2, zero_offload.json"]["24 GiB"] == "no: host"
     assert rows["ZeRO-2, zero2.json"]["24 GiB"] == "no: GPU, host"
+
+
+def test_a_json_is_read_as_the_scripts_read_it(monkeypatch, tmp_path):
+    text = '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": null}} // a comment'
+    (tmp_path / "ds.json").write_text(text)
+    plan = plan_memory.read_plan(tmp_path / "ds.json", parse(monkeypatch))
+    assert (plan.zero.reduce_bucket_size, plan.optimizer, plan.batch_size) == (5_000_000, "none", 8)
 
 
 @pytest.mark.drill
@@ -139,8 +143,9 @@ def test_a_measured_run_is_as_planned():
         ("--gpus x", 2, "argument --gpus: invalid float value: 'x'"),
         ("--dropout -1", 2, "--dropout -1.0 must be above 0"),
         ("--d_model 100", 2, "--d_model 100 is not a multiple of --n_head 12"),
+        (f"--measure {ZERO2} --ds_config a.json b.json", 2, "--measure takes one --ds_config"),
         ("--measure train.py", 2, "argument --measure: invalid choice: 'train.py'"),
-        ("--ds_config nowhere.json", 1, "cannot read nowhere.json"),
+        ("--ds_config nowhere.json", 1, "nowhere.json: [Errno 2] No such file"),
         ('{"zero_optimization": {"stage": 4}}', 1, "stage\n  Input should be 0, 1, 2, 3"),
         ('{"zero_optimization": 2}', 1, "must be a mapping, not int"),
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', 1, "offloaded at stage 3 only"),

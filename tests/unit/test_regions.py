@@ -34,14 +34,15 @@ def test_one_wrong_byte_is_found_and_mended(copies):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("script", "old", "new"),
     [
-        ("# endregion\n", ""),
-        ("# region model (owner", "#region model (owner"),
-        ("# region data (owner: GPTLike-Base.py)", "# region data (owner: Nobody.py)"),
+        (BASE, "# endregion\n", ""),
+        (BASE, "# region model (owner", "#region model (owner"),
+        (BASE, "# region data (owner: GPTLike-Base.py)", "# region data (owner: Nobody.py)"),
+        (ZERO3, "# region data (owner: GPTLike-Base.py)\n", ""),  # its code now stands in the region before
     ],
 )
-def test_broken_markers(copies, old, new):
-    path = copies / BASE
+def test_broken_markers(copies, script, old, new):
+    path = copies / script
     path.write_text(path.read_text().replace(old, new))
-    assert sync(copies).returncode == 2
+    assert sync(copies, "--write").returncode == 2
