@@ -234,7 +234,7 @@ main() {
   done
   [[ ${#peer[@]} == 0 || ${#hosts[@]} == 0 ]] || die "--peer and --host: one at a time" 2
   for name in "${listen:-1}" "${peer[1]:-1}"; do ((10#$name > 0 && 10#$name < 65536)) || die "$name is no port" 2; done
-  [[ ! -f $SELF ]] || root=${SELF%check_env.sh}..
+  [[ ! -f $SELF ]] || root=${SELF%"${SELF##*/}"}./.. # above its folder
   for PY in "${PYTHON:-$root/.venv/bin/python}" "${PYTHON:-python3}" "${PYTHON:-python}" ""; do
     if [[ -z $PY ]] || command -v -- "$PY" >/dev/null; then break; fi
   done

@@ -40,8 +40,8 @@ main() {
   while [[ $# -gt 0 && "$1" != *.py ]]; do
     case "$1" in
       --dry_run) dry_run=true ;;
-      --elastic) kind=elastic ;;
-      --no_ssh) kind=no_ssh words+=(--no_ssh --node_rank "$NODE_RANK") ;;
+      --elastic) kind+=elastic ;;
+      --no_ssh) kind+=no_ssh words+=(--no_ssh --node_rank "$NODE_RANK") ;;
       --launcher) launcher=${2:-}; shift ;;
       --hostfile) hostfile=${2:-}; shift ;;
       --launcher=* | --hostfile=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;

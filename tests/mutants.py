@@ -3,7 +3,7 @@
 from common import SCRIPTS
 
 BASE, ZERO1, _, ZERO3, OFFLOAD, MULTIHOSTS = SCRIPTS
-MUTANTS = {  # file and the tests that must fail ("regions": the check of the shared regions): name: (text, instead)
+MUTANTS = {  # file and the tests that must fail: name: (text, instead)
     (BASE, "unit/test_model.py"): {
         "attention sees later tokens": ("is_causal=True", "is_causal=False"),
         "head is not tied": ("        self.head.weight = self.token_embedding.weight", "        pass"),
@@ -50,7 +50,7 @@ MUTANTS = {  # file and the tests that must fail ("regions": the check of the sh
     (ZERO3, "unit/test_checkpoints.py"): {
         "zero.Init left out": ("with deepspeed.zero.Init(config_dict_or_path=ds_config):", "if True:"),
     },
-    (MULTIHOSTS, "regions"): {
+    (MULTIHOSTS, "unit/test_regions.py"): {
         "one byte of a region": ("# a multiple of 64: faster matmuls", "# a multiple of 64: fast matmuls"),
     },
     (BASE, "runs/test_scripts.py::test_accumulation_of_base"): {

@@ -52,7 +52,7 @@ def read_run(folder: Path, names: list[str]) -> Run:
     name, path = folder.resolve().name, folder / "summary.json"
     name = name if names.count(name) == 1 else str(folder)
     metrics, summary = read_metrics(folder), read_json(path) if path.exists() else {}
-    if summary.get("steps") != max(metrics, default=0):  # of the run that was here before --overwrite
+    if summary.get("steps") not in metrics:  # of the run that was here before --overwrite
         summary = {}
     return Run(name, folder, read_json(folder / "args.json"), metrics, summary)
 

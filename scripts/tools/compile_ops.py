@@ -7,6 +7,7 @@ Run: python scripts/tools/compile_ops.py     exit 0: ready; 1: one does not buil
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import subprocess
@@ -29,14 +30,14 @@ def heed_lock(lock: Path) -> None:
     if str(lock.resolve()) in held:
         print("  waiting for another process that compiles", flush=True)
         return
-    end = lock.stat().st_mtime + COMPILES_S
-    if time.time() < end:
-        print(f"  another host may hold {lock}: waiting {COMPILES_S} s at most. If none does, delete it", flush=True)
-    while lock.exists() and time.time() < end:
-        time.sleep(0.5)
-    if lock.exists():
-        print(f"  removing {lock}: its process was killed", flush=True)
-        lock.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it is released meanwhile
+        end = min(lock.stat().st_mtime, time.time()) + COMPILES_S
+        if time.time() < end:
+            print(f"  another host may hold {lock}: waiting {COMPILES_S} s. If none does, delete it", flush=True)
+        while lock.exists() and time.time() < end:
+            time.sleep(0.5)
+        lock.unlink()
+        print(f"  removed {lock}: its process was killed", flush=True)
 
 
 def compile_op(name: str) -> None:

@@ -159,7 +159,8 @@ def main() -> None:
     if args.rank == 0:
         show(rows)
     if len({row["device"] == "CPU" for row in rows}) > 1:
-        fail(f"torch sees a GPU on some hosts only: {[(row['host'], row['device']) for row in rows]}")
+        time.sleep(0 if args.rank else 2)  # the others read the store, too
+        sys.exit(f"FAIL: torch sees a GPU on some hosts only: {[(row['host'], row['device']) for row in rows]}")
     try:
         group_store = dist.PrefixStore("network_check/group", store)
         dist.init_process_group(backend, store=group_store, rank=args.rank, world_size=args.world_size, timeout=seconds)

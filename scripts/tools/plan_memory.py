@@ -72,9 +72,10 @@ def read_plan(path, args):
     script = common.load_script(common.SCRIPTS[1])
     try:
         config = hjson.loads(path.read_text(), object_pairs_hook=dict) if path else {"bf16": {"enabled": True}}
-        script.replace_auto(config, script.AUTO | {"enabled": True})
+        script.replace_auto(config, script.AUTO)
         zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-        enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
+        on = {"bf16": (True, "auto"), "fp16": (True,)}  # "auto" is bf16
+        enabled = [name for name, values in on.items() if config.get(name, {}).get("enabled") in values]
         optimizer = str(config.get("optimizer", {}).get("type", "AdamW"))
         batch_size = args.batch_size or int(config.get("train_micro_batch_size_per_gpu", 8))
         accumulation = args.gradient_accumulation_steps or int(config.get("gradient_accumulation_steps", 1))

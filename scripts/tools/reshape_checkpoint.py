@@ -232,7 +232,8 @@ def reshape(options, target, script):
         if common_state(checkpoint) != common_state(new):
             raise ToolError(f"{common_state(new)} is saved instead of {common_state(checkpoint)}")
         count = compare(states, universal(new, folder / "again"))
-        kept = [row for step, row in common.read_metrics(options.run).items() if step <= plan["mark"]["step"]]
+        rows = [row for step, row in common.read_metrics(options.run).items() if step <= plan["mark"]["step"]]
+        kept = [{name: row[name] for name in row if not name.startswith("validation")} for row in rows]  # as "best"
         (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         script.write_json(folder / "run" / "args.json", args)
         (folder / "run").rename(target)

@@ -47,7 +47,7 @@ def test_a_step_of_zero_3_is_put_together_from_its_shards(tmp_path):
     losses_of_run = losses(tmp_path / "run", "validation_loss")
     step = tmp_path / "run" / "checkpoints" / "step2"
     done, (difference, found, wanted) = export(step, tmp_path / "gpt2", "--dtype", "fp32")
-    assert "can run any code: only for runs of your own" in done.stderr
+    assert "warning: DeepSpeed unpickles " in done.stderr and "can run any code" in done.stderr
     assert difference < 1e-4 and abs(found - losses_of_run[2]) < 1e-3 and abs(wanted - losses_of_run[2]) < 1e-6
     parameters = json.loads((tmp_path / "run" / "args.json").read_text())["n_params"]
     assert (tmp_path / "gpt2" / "model.safetensors").stat().st_size > 4 * parameters  # fp32, of a run in bf16

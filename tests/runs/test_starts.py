@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from conftest import (
     free_port,
     losses,
     run_script,
-    train,
 )
+from torch.utils import cpp_extension
 
 pytestmark = pytest.mark.slow
 STEPS = ["--max_steps", "2"]
@@ -113,18 +112,17 @@ def test_odd_environments_train(tmp_path):
 
 
 def test_the_lock_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path):
-    """PyTorch waits without end for the lock of a C++ op. Here two locks of ops that no run loads."""
-    folder = Path.home() / ".cache" / "torch_extensions" / "test"
-    try:
-        for name in ("killed", "living"):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "lock").touch()
-            os.utime(folder / name / "lock", (0, 0))  # they lie there for long
-        with (folder / "living" / "lock").open():
-            train(ZERO1, tmp_path / "run", *STEPS)
-        assert not (folder / "killed" / "lock").exists() and (folder / "living" / "lock").exists()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """PyTorch waits without end for the lock of a C++ op. Here two locks of ops that no run loads, in another home."""
+    ops = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)).parent
+    folder = tmp_path / ".cache" / "torch_extensions" / "test"
+    for name in ("killed", "living"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "lock").touch()
+        os.utime(folder / name / "lock", (0, 0))  # they lie there for long
+    with (folder / "living" / "lock").open():
+        home = {"HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(ops)}
+        done = run_script(ZERO1, *TINY, *STEPS, "--output_dir", tmp_path / "run", **home)
+    assert done.returncode == 0 and not (folder / "killed" / "lock").exists() and (folder / "living" / "lock").exists()
 
 
 @pytest.mark.drill
