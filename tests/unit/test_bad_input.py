@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 
 import pytest
 from conftest import BASE, MULTIHOSTS, OFFLOAD, ROOT, ZERO1, ZERO2, ZERO3, load_script, script_args
@@ -134,3 +135,48 @@ def test_data(files, flags, message, tmp_path):
         script.load_corpus(script_args(script, *words))
     assert re.search(message, str(error.value), re.DOTALL)
     assert str(tmp_path) in str(error.value)
+
+
+TOOLS = [
+    ("tools/compare_runs.py", "nowhere", 1, "error: nowhere holds no run: .*No such file"),
+    ("tools/export_hf.py", "nowhere out", 1, "error: cannot read .*nowhere/model/config.json: .*No such file"),
+    (
+        "tools/generate.py",
+        "nowhere --prompt a",
+        1,
+        "error: nowhere is no exported model: run scripts/tools/export_hf.py",
+    ),
+    ("tools/generate.py", "nowhere --prompt a --temperature -1", 2, "--temperature -1.0: must be at least 0"),
+    ("tools/lint_config.py", "nowhere.json", 1, "FAIL nowhere.json: .*No such file"),
+    ("tools/plan_memory.py", "--ds_config nowhere.json", 1, "error: nowhere.json: .*No such file"),
+    ("tools/plan_memory.py", "--ranks 0", 2, "--ranks 0 must be above 0"),
+    ("tools/reshape_checkpoint.py", "nowhere --world_size 2", 1, "error: .*No such file.*nowhere"),
+    ("tools/reshape_checkpoint.py", "nowhere --world_size 0", 2, "--world_size must be at least 1"),
+    (
+        "tools/network_check.py",
+        "--nnodes=2",
+        2,
+        "start it by torchrun, or give --nnodes, --node_rank and --master_addr",
+    ),
+    ("tools/network_check.py", "--mib 0", 2, "--timeout and --mib run from 1"),
+    ("dev/parity.py", "--ranks 3", 2, "--ranks: invalid choice: 3"),
+    ("dev/drill.py", "--scripts Multihosts", 2, "--scripts: invalid choice: 'Multihosts'"),
+    ("dev/benchmark.py", "--batch_size 3", 2, "--batch_size 3 is not a multiple of --ranks 2"),
+    ("dev/gpu_check.py", "--parts speeds", 2, "--parts: invalid choice: 'speeds'"),
+    ("dev/mutate.py", "no-such-mutant", 1, "0 of 0 caught"),
+]
+
+
+@pytest.mark.parametrize(("tool", "words", "code", "message"), TOOLS)
+def test_tools(tool, words, code, message, tmp_path, monkeypatch, capsys):
+    path = ROOT / "scripts" / tool
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr("sys.argv", [str(path), *words.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    out, err = capsys.readouterr()
+    said = f"{out}{err}{end.value.code}"
+    assert end.value.code == code or (code == 1 and isinstance(end.value.code, str))  # a text: exit code 1
+    assert re.search(message, said, re.DOTALL), said
