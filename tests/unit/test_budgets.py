@@ -64,3 +64,18 @@ def test_the_loop_stands_in_main_with_its_calls(name):
         calls = ["engine(inputs, targets)", "engine.backward(", "engine.step()"]
     assert all(call in loop for call in calls)
     assert loop.count("\n") <= 60
+
+
+@pytest.mark.parametrize(
+    ("patterns", "most", "most_of_one"),
+    [
+        ("scripts/*.sh scripts/tools/*.py scripts/dev/*.py", 4000, 300),
+        ("tests/*.py tests/*/*.py", 5500, 5500),
+        ("docs/*.md", 1500, 1500),
+        ("README.md README.zh-CN.md", 500, 250),
+    ],
+)
+def test_what_stands_around_the_scripts(patterns, most, most_of_one):
+    paths = [path for pattern in patterns.split() for path in ROOT.glob(pattern)]
+    counts = [path.read_text(encoding="utf-8").count("\n") for path in paths]
+    assert sum(counts) <= most and max(counts) <= most_of_one
