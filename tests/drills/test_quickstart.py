@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import BASE, ROOT, ZERO2, free_port, run
 
-pytestmark = pytest.mark.drill
+pytestmark = [pytest.mark.drill, pytest.mark.timeout(700)]
 
 
 def test_quickstart_from_end_to_end(tmp_path):
@@ -24,7 +24,7 @@ def test_quickstart_from_end_to_end(tmp_path):
     stamp = subprocess.run(["cksum", "requirements.txt", "requirements.txt"], cwd=tmp_path, capture_output=True).stdout
     (tmp_path / ".venv" / "installed-requirements.txt").write_bytes(stamp)
     flags = ["--dataset", "sample", "--tokenizer", "bpe:512", "--max_steps", "3"]
-    done = run(["bash", "scripts/quickstart.sh", *flags], cwd=tmp_path, MASTER_PORT=str(free_port()))
+    done = run(["bash", "scripts/quickstart.sh", *flags], cwd=tmp_path, timeout=600, MASTER_PORT=str(free_port()))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"logits differ by \S+ at most; its validation loss is (\d\.\d{3})\d+, the run's \1", done.stdout)
     assert "\nIf the" in done.stdout  # a sample of text
@@ -35,7 +35,8 @@ def test_quickstart_from_end_to_end(tmp_path):
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one():
-    done = run([sys.executable, *"scripts/dev/drill.py --kills 1 --scripts Base --steps 40 --seed 1".split()])
+    words = "scripts/dev/drill.py --kills 1 --scripts Base --steps 40 --seed 1".split()
+    done = run([sys.executable, *words], timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     heads, row = done.stdout.splitlines()[1:]
     assert heads.startswith("script  kills  starting") and row.split()[:2] == ["Base", "1"] and row.endswith("equal")
