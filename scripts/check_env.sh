@@ -206,7 +206,7 @@ for name in "Python", "torch", "deepspeed", "transformers", "datasets":
     found = ["".join(row["found"] for row in host["checks"] if row["name"] == name).split(" ")[0] for host in hosts]
     for host, there in zip(hosts, found):
         words = "FAIL", "same " + name, "%s, here %s" % (there, found[0]), "equal", "install that"
-        host["checks"] += [dict(zip(keys, words))] if "" != there != found[0] != "" else []
+        host["checks"] += [dict(zip(keys, words))] if there and found[0] and there != found[0] else []
 for host in hosts if sys.argv[1] == "text" else []:
     wide = [max([len(row[key]) for row in host["checks"]] or [0]) for key in keys[:4]]
     print("\n".join(host["lines"] or ["===== Host: %s =====" % host["host"]]))

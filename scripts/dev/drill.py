@@ -132,13 +132,13 @@ def drill(name: str, kills: int, steps: int, folder: Path, dice: random.Random) 
     return [name, len(moments), *counts, compare(name, calm, killed)]
 
 
-def main(words: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each script (20)")
     parser.add_argument("--scripts", nargs="+", choices=list(CASES), default=list(CASES), help="all if left out")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps of a run (25 for each kill, and 20)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of moments and ranks")
-    args = parser.parse_args(words)
+    args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
     heads = ["script", "kills", "starting", "training", "saving", "beside the undisturbed run"]
     rows, folder = [], Path(tempfile.mkdtemp(prefix="drill-"))

@@ -38,8 +38,8 @@ def caught_by(tests: str, copy: Path) -> str:
     done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
     if done.returncode > 1:
         raise ValueError(f"pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
-    return failed[0].split(" ")[1] if failed else "an error" * done.returncode
+    failed = [line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return [*failed, "an error"][0] if done.returncode else ""
 
 
 def check(mutants: list[tuple[str, ...]]) -> list[tuple[str, str, str]]:
